@@ -1,0 +1,52 @@
+"""trl_sharelora: personalised reward models and policies on TRL and PEFT, one shared factor and one of each user's own.
+
+Importing this registers the PEFT method, so that saved adapters load; the trainers (and TRL with them) load at first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .errors import ShareLoraError
+from .sharelora import ShareLoraConfig, ShareLoraModel, use_users
+from .users import UserRegistry
+
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .evaluation import PerUserResult, evaluate_users
+    from .export import export_user
+    from .trainers.reward import ShareLoraRewardTrainer
+    from .trainers.reward_config import ShareLoraRewardConfig
+
+# public name -> module that holds it (PEP 562)
+_LAZY = {
+    "PerUserResult": ".evaluation",
+    "evaluate_users": ".evaluation",
+    "export_user": ".export",
+    "ShareLoraRewardConfig": ".trainers.reward_config",
+    "ShareLoraRewardTrainer": ".trainers.reward",
+}
+
+__all__ = [
+    "PerUserResult",
+    "ShareLoraConfig",
+    "ShareLoraError",
+    "ShareLoraModel",
+    "ShareLoraRewardConfig",
+    "ShareLoraRewardTrainer",
+    "UserRegistry",
+    "evaluate_users",
+    "export_user",
+    "use_users",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,409 @@
+"""How well a reward model serves each of its users: accuracy per user with intervals, and honest summaries.
+
+Every row is scored exactly once and counts once; a tie counts half and is reported. (A mean of batch means is not an accuracy,
+and neither is one in which ties are wrong.) Statistics of rewards come first, as functions of arrays; [`evaluate_users`], which
+makes the rewards, comes last.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from datasets import Dataset
+from scipy import special, stats
+
+from .data import check_long_rows, check_preference_rows, tokenize_preference
+from .errors import ConfigError, DataError, NonFiniteError, UnknownUserError, some_rows
+from .sharelora.routing import UNSEEN, use_users
+from .users import UserRegistry, user_id_as_text
+
+
+logger = logging.getLogger(__name__)
+
+LEVEL = 0.95  # of all intervals of a result
+# Between seeds the ends of the interval have a standard deviation of 0.0003 at 300 users with 25 rows each.
+BOOTSTRAP_RESAMPLES = 2000
+
+
+def wilson_interval(correct: Any, n: Any, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:
+    """Wilson score interval of shares `p = correct / n`, element by element.
+
+    With `z` the standard normal quantile at `(1 + level) / 2`:
+
+    `(p + z² / 2n ± z sqrt(p (1 - p) / n + z² / 4n²)) / (1 + z² / n)`
+
+    (Wilson, 1927, "Probable inference, the law of succession, and statistical inference", JASA 22). Unlike p ± z·se it stays
+    within [0, 1] and keeps its level for users with few rows. `correct` may be a half number, as ties make it;
+    `scipy.stats.binomtest` takes whole numbers only.
+
+    Args:
+        correct (`array_like` of shape `(users,)`):
+            Number of successes, 0 to `n`.
+        n (`array_like` of shape `(users,)`):
+            Number of trials, at least 1.
+        level (`float`, *optional*, defaults to 0.95):
+            Level of the interval.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`: Lower and upper ends.
+    """
+    correct, n = np.asarray(correct, dtype=float), np.asarray(n, dtype=float)
+    if not 0 < level < 1:
+        raise ConfigError(f"level={level} came; a level of confidence lies between 0 and 1, such as 0.95.")
+    if np.any(n < 1) or np.any(correct < 0) or np.any(correct > n):
+        raise DataError("An interval needs 1 or more trials and between 0 and n successes.")
+    z = stats.norm.ppf((1 + level) / 2)
+    share = correct / n
+    centre = share + z**2 / (2 * n)
+    half_width = z * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    scale = 1 + z**2 / n
+    # at 0 or n successes an end is 0 or 1 exactly; rounding must not carry it beyond
+    return np.clip((centre - half_width) / scale, 0, 1), np.clip((centre + half_width) / scale, 0, 1)
+
+
+def expected_calibration_error(margins: Any, bins: int = 15) -> float:
+    """How far the model's own probabilities are from how often it is right.
+
+    A reward model says with probability `sigmoid(|margin|)` (Bradley-Terry) that the side with the higher reward is the
+    chosen one. Rows are put into `bins` equal bins of that probability over [0.5, 1], and
+
+    `ECE = sum over bins b of (n_b / n) |share right in b - mean probability in b|`
+
+    (Guo et al., 2017, "On calibration of modern neural networks", eq. 3 and 5). A tie is half right.
+
+    Args:
+        margins (`array_like` of shape `(rows,)`):
+            Reward of `chosen` minus reward of `rejected`.
+        bins (`int`, *optional*, defaults to 15):
+            Number of bins, as in the paper.
+
+    Returns:
+        `float`: Between 0 (calibrated) and 1.
+    """
+    margins = np.asarray(margins, dtype=float)
+    probability = special.expit(np.abs(margins))
+    right = (np.sign(margins) + 1) / 2
+    place = np.minimum(((probability - 0.5) * 2 * bins).astype(int), bins - 1)
+    # n_b |mean right - mean probability| = |sum right - sum probability|
+    gaps = np.bincount(place, right, bins) - np.bincount(place, probability, bins)
+    return float(np.abs(gaps).sum() / len(margins))
+
+
+@dataclass
+class PerUserResult:
+    """Accuracy per user and its summaries; printing it gives a readable table.
+
+    Args:
+        table ([`~pandas.DataFrame`]):
+            One line per user: `user_id`, `n` (rows), `correct` (strict wins of `chosen`), `ties`, `accuracy`
+            (`(correct + ties / 2) / n`), `low` and `high` (95 % Wilson interval).
+        macro (`float`):
+            Mean accuracy over users: each user counts the same.
+        micro (`float`):
+            Accuracy over rows: each row counts the same.
+        worst_tenth (`float`):
+            Mean accuracy of the worst tenth of the users (rounded up), on these rows. It is low by chance alone where users
+            have few rows: compare models on it, not with `macro`.
+        ece (`float`):
+            Expected calibration error over all rows.
+        n_users (`int`), n (`int`), ties (`int`):
+            Users, rows and ties in all.
+        macro_low (`float`, *optional*), macro_high (`float`, *optional*):
+            95 % interval of `macro` for users drawn like these (percentile bootstrap over users); None for a single user.
+        unseen (`int`):
+            Rows of users whom the adapter does not know, scored with the common model. They are part of all figures.
+        dropped (`int`):
+            Rows longer than `max_length`, which are part of none.
+    """
+
+    table: pd.DataFrame
+    macro: float
+    micro: float
+    worst_tenth: float
+    ece: float
+    n_users: int
+    n: int
+    ties: int
+    macro_low: float | None = None
+    macro_high: float | None = None
+    unseen: int = 0
+    dropped: int = 0
+
+    def as_dict(self) -> dict[str, float | int | None]:
+        """The scalars, for a log."""
+        return {name: value for name, value in vars(self).items() if name != "table"}
+
+    def to_parquet(self, path: str | os.PathLike) -> Path:
+        """Write the table; its folder is made where needed."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.table.to_parquet(path, index=False)
+        return path
+
+    def __str__(self) -> str:
+        interval = "" if self.macro_low is None else f" (95 % {self.macro_low:.3f} to {self.macro_high:.3f})"
+        lines = [
+            f"{self.n_users} users, {self.n} rows, {self.ties} ties"
+            + (f", {self.unseen} rows of unseen users (common model)" if self.unseen else "")
+            + (f", {self.dropped} rows too long and left out" if self.dropped else ""),
+            f"accuracy  mean over users {self.macro:.3f}{interval}  over rows {self.micro:.3f}  "
+            f"worst tenth of users {self.worst_tenth:.3f}",
+            f"calibration error {self.ece:.3f}",
+        ]
+        # repr: an id may hold a line break or a terminal's control characters
+        shown = self.table.assign(user_id=self.table["user_id"].map(repr))
+        shown = shown.sort_values("accuracy", kind="stable", ignore_index=True)
+        formats = dict.fromkeys(("accuracy", "low", "high"), "{:.3f}".format)
+        parts = [("", shown)]
+        if len(shown) > 12:
+            parts = [("the worst five:\n", shown.head(5)), ("the best five:\n", shown.tail(5))]
+        lines += [title + part.to_string(index=False, formatters=formats) for title, part in parts]
+        return "\n".join(lines)
+
+
+def per_user_table(
+    user_ids: Sequence[str | int],
+    chosen_rewards: Any,
+    rejected_rewards: Any,
+    order: Iterable[str] | None = None,
+) -> PerUserResult:
+    """Accuracy per user from rewards.
+
+    Args:
+        user_ids (`Sequence[str | int]` of length `rows`):
+            The user of each row.
+        chosen_rewards (`array_like` of shape `(rows,)`):
+            Reward of each chosen answer, in float32 or better (in bf16 close rewards become ties).
+        rejected_rewards (`array_like` of shape `(rows,)`):
+            Reward of each rejected answer.
+        order (`Iterable[str]`, *optional*):
+            User ids in the order the table is to have, such as a registry; users not in it follow. Without it, the order of
+            first appearance.
+
+    Raises:
+        NonFiniteError: A reward is NaN or infinite; names the users.
+        DataError: No rows, or another number of ids than of rewards.
+    """
+    chosen, rejected = np.asarray(chosen_rewards, dtype=float), np.asarray(rejected_rewards, dtype=float)
+    ids = [user_id_as_text(user_id, where=f"row {row}") for row, user_id in enumerate(user_ids)]
+    if not (chosen.shape == rejected.shape == (len(ids),)) or not ids:
+        raise DataError(
+            f"{len(ids)} user ids, chosen rewards of shape {chosen.shape} and rejected rewards of shape {rejected.shape} came; "
+            "one of each per row is needed, and at least one row."
+        )
+    bad = np.flatnonzero(~(np.isfinite(chosen) & np.isfinite(rejected)))
+    if len(bad):
+        users = list(dict.fromkeys(ids[row] for row in bad))
+        named = ", ".join(map(repr, users[:5])) + ", ..." * (len(users) > 5)
+        raise NonFiniteError(
+            f"The rewards of {len(bad)} of {len(ids)} rows are NaN or infinite, so they cannot be compared: user(s) {named}, "
+            f"{some_rows(bad.tolist())}. The training of these users (or of all, if all are named) has diverged, or the model's "
+            "dtype overflows: load it in float32 or bfloat16, or go back to an earlier checkpoint."
+        )
+
+    margins = chosen - rejected
+    rows = pd.DataFrame({"user_id": ids, "n": 1, "correct": margins > 0, "ties": margins == 0})
+    table = rows.groupby("user_id", sort=False).sum()
+    if order is not None:
+        known = [user_id for user_id in order if user_id in table.index]
+        placed = set(known)
+        table = table.loc[known + [user_id for user_id in table.index if user_id not in placed]]
+    table = table.astype("int64").reset_index()
+    credit = table["correct"] + table["ties"] / 2
+    table["accuracy"] = credit / table["n"]
+    table["low"], table["high"] = wilson_interval(credit, table["n"])
+
+    accuracy = table["accuracy"].to_numpy()
+    low, high = _interval_over_users(accuracy)
+    return PerUserResult(
+        table=table,
+        macro=float(accuracy.mean()),
+        micro=float(credit.sum() / table["n"].sum()),
+        worst_tenth=float(np.sort(accuracy)[: math.ceil(len(accuracy) / 10)].mean()),
+        ece=expected_calibration_error(margins),
+        n_users=len(table),
+        n=len(ids),
+        ties=int(table["ties"].sum()),
+        macro_low=low,
+        macro_high=high,
+    )
+
+
+def _interval_over_users(accuracy: np.ndarray) -> tuple[float, float] | tuple[None, None]:
+    if len(accuracy) < 2:
+        return None, None
+    result = stats.bootstrap(
+        (accuracy,),
+        np.mean,
+        confidence_level=LEVEL,
+        method="percentile",
+        n_resamples=BOOTSTRAP_RESAMPLES,
+        batch=max(1, 2_000_000 // len(accuracy)),  # all resamples at once would take gigabytes at 100,000 users
+        random_state=np.random.default_rng(0),
+    )
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def evaluate_users(
+    model: Any,
+    dataset: Dataset,
+    processing_class: Any,
+    user_column: str = "user_id",
+    unseen: str = "raise",
+    batch_size: int = 16,
+    max_length: int | None = None,
+) -> PerUserResult:
+    """Score every preference row once, each with its user's model, and tell how often `chosen` wins.
+
+    A model without personal parameters (a pooled LoRA, a full reward model) is scored as it is; users then only group the rows.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            A sequence classifier with one output. Left in the mode (train or eval) in which it came.
+        dataset ([`~datasets.Dataset`]):
+            Preference rows: standard, conversational or tokenised.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        user_column (`str`, *optional*, defaults to `"user_id"`):
+            The column that names the user.
+        unseen (`str`, *optional*, defaults to `"raise"`):
+            What happens to users whom the adapter does not know: an error, or with `"common"` they are scored with the common
+            model (D = 0), counted in the result and logged.
+        batch_size (`int`, *optional*, defaults to 16):
+            Rows per forward; each is two sequences.
+        max_length (`int`, *optional*):
+            Rows with more tokens are left out and counted, as in training; a user who would lose all his rows is an error.
+            Whatever remains and is beyond the model's `max_position_embeddings` is an error.
+
+    Raises:
+        UnknownUserError: Users whom the adapter does not know, with `unseen="raise"`; before any forward.
+        DataError, UserIdError: See [`~trl_sharelora.data.check_preference_rows`]; or rows are too long.
+        ConfigError: A setting is unknown, the model has not one output, or its pad token is not the tokenizer's.
+        NonFiniteError: A reward is NaN or infinite; names the users.
+    """
+    if unseen not in UNSEEN:
+        raise ConfigError(f"unseen={unseen!r} is unknown; one of {', '.join(map(repr, UNSEEN))} is needed.")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size} came; at least 1 is needed.")
+    _check_model(model, processing_class)
+    check_preference_rows(dataset, user_column, name="evaluation")
+
+    dataset = dataset.with_format(None)
+    users = _users_of(model)
+    if users is not None:
+        ids = list(map(user_id_as_text, dataset[user_column][:]))
+        unknown = list(dict.fromkeys(user_id for user_id, row in zip(ids, users.find(ids), strict=True) if row < 0))
+        if unknown and unseen == "raise":
+            raise UnknownUserError(users.unknown_message(unknown))
+
+    rows = [{user_column: row[user_column], **tokenize_preference(row, processing_class)} for row in dataset]
+    dropped = 0
+    if max_length is not None:
+        dropped = check_long_rows(Dataset.from_list(rows), max_length, user_column, name="evaluation")
+        rows = [row for row in rows if _longest(row) <= max_length]
+    _check_positions(model, rows)
+
+    user_ids = [user_id_as_text(row[user_column]) for row in rows]
+    index = None if users is None else torch.tensor(users.find(user_ids))  # (rows,), -1 for an unseen user
+    n_unseen = 0 if index is None else int((index < 0).sum())
+    if n_unseen:
+        logger.warning(
+            f"{n_unseen} of {len(user_ids)} evaluation rows are of {len(unknown)} users whom the adapter does not know; they are "
+            "scored with the common model."
+        )
+    chosen, rejected = _score(model, rows, index, unseen, batch_size, processing_class.pad_token_id)
+    result = per_user_table(user_ids, chosen, rejected, order=users)
+    result.unseen, result.dropped = n_unseen, dropped
+    return result
+
+
+def _longest(row: dict[str, Any]) -> int:
+    return max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+
+
+def _users_of(model: Any) -> UserRegistry | None:
+    """The registry of the active adapter; None for a model without personal parameters."""
+    configs = getattr(model, "peft_config", None)
+    name = getattr(model, "active_adapter", None)
+    return getattr(configs[name], "users", None) if configs and isinstance(name, str) else None
+
+
+def _check_model(model: Any, processing_class: Any) -> None:
+    num_labels = getattr(model.config, "num_labels", None)
+    if num_labels != 1:
+        raise ConfigError(
+            f"The model has num_labels={num_labels}; a reward model has one output. Load it with "
+            "AutoModelForSequenceClassification.from_pretrained(..., num_labels=1)."
+        )
+    pad = processing_class.pad_token_id
+    model_pad = model.config.get_text_config().pad_token_id
+    if pad is None or pad != model_pad:
+        # a decoder's reward is read at the last token that is not the pad token of the model's config
+        raise ConfigError(
+            f"The tokenizer's pad token has the id {pad}, the model's config says {model_pad}; the reward of a padded row would "
+            "be read at the wrong token. Set what the model was trained with, as the trainer does: processing_class.pad_token = "
+            "processing_class.eos_token if there is none, then model.config.pad_token_id = processing_class.pad_token_id."
+        )
+
+
+def _check_positions(model: Any, rows: list[dict[str, Any]]) -> None:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    too_long = [] if positions is None else [number for number, row in enumerate(rows) if _longest(row) > positions]
+    if too_long:
+        raise DataError(
+            f"{len(too_long)} evaluation rows have more tokens than the model has positions ({positions}), the longest "
+            f"{max(map(_longest, rows))}: {some_rows(too_long)}. Give max_length={positions} (or less) to leave such rows out and "
+            "have them counted, or shorten the texts."
+        )
+
+
+def _score(
+    model: Any,
+    rows: list[dict[str, Any]],
+    user_index: torch.Tensor | None,
+    unseen: str,
+    batch_size: int,
+    pad_token_id: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rewards of the chosen and of the rejected answers, each `(rows,)`.
+
+    Args:
+        rows (`list[dict]`):
+            With `chosen_ids` and `rejected_ids`.
+        user_index (`torch.Tensor` of shape `(rows,)`, *optional*):
+            Rows of the bank, -1 for an unseen user; None for a model without personal parameters.
+    """
+    # rows of a length together, so that little is computed on padding; the longest first, so that memory runs out at once
+    order = sorted(range(len(rows)), key=lambda row: _longest(rows[row]), reverse=True)
+    rewards = np.full((2, len(rows)), np.nan)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            for start in range(0, len(order), batch_size):
+                part = order[start : start + batch_size]
+                # as TRL's collator: all chosen, then all rejected
+                sequences = [torch.tensor(rows[row][side]) for side in ("chosen_ids", "rejected_ids") for row in part]
+                input_ids = torch.nn.utils.rnn.pad_sequence(sequences, True, pad_token_id).to(
+                    model.device
+                )  # (batch, seq)
+                lengths = torch.tensor([len(sequence) for sequence in sequences])
+                mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long().to(model.device)
+                inputs = {"input_ids": input_ids, "attention_mask": mask, "use_cache": False}
+                if user_index is None:
+                    outputs = model(**inputs)
+                else:
+                    with use_users(model, user_index[part].repeat(2).to(model.device), unseen=unseen):
+                        outputs = model(**inputs)
+                rewards[:, part] = outputs.logits.squeeze(-1).float().view(2, len(part)).cpu().numpy()
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return rewards[0], rewards[1]

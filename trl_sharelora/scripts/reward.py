@@ -1,0 +1,262 @@
+"""Train a personalised reward model. Mirrors trl/scripts/reward.py (Apache-2.0, The HuggingFace Team); the differences are the
+classes it fills in, local files of preference rows, and the table per user at the end.
+
+```bash
+trl-sharelora reward --config reward.yaml
+accelerate launch --multi_gpu --num_processes 4 -m trl_sharelora.scripts.reward --config reward.yaml
+```
+"""
+
+import argparse
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from trl import ModelConfig, ScriptArguments
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+    from trl import DatasetMixtureConfig
+
+    from ..sharelora import ShareLoraConfig
+    from ..trainers.reward import ShareLoraRewardTrainer
+    from ..trainers.reward_config import ShareLoraRewardConfig
+
+
+@dataclass
+class ShareLoraScriptArguments(ScriptArguments):
+    """
+    TRL's script arguments and those of the ShareLoRA adapter that TRL's [`~trl.ModelConfig`] does not have.
+
+    `dataset_name` may also be a local file of preference rows, see [`~trl_sharelora.data.load_preferences`].
+
+    Args:
+        share (`str`, *optional*, defaults to `"B"`):
+            What all users share, see [`ShareLoraConfig`].
+        train_common (`bool`, *optional*, defaults to `False`):
+            Whether the users' common start keeps training, see [`ShareLoraConfig`].
+    """
+
+    share: Literal["B", "A", "AB", "diagonal"] = field(
+        default="B",
+        metadata={
+            "help": "What all users share: 'B', the up-projection (the paper's method); 'A', the down-projection (its "
+            "ablation); 'AB', both, each user has an r x r core; 'diagonal', both, each user has r numbers."
+        },
+    )
+    train_common: bool = field(
+        default=False, metadata={"help": "Keep training the common start A_0 beside the users' own moves."}
+    )
+
+
+def get_sharelora_config(model_args: ModelConfig, script_args: ShareLoraScriptArguments) -> "ShareLoraConfig":
+    """The adapter that the arguments describe, for a reward model.
+
+    Args:
+        model_args ([`~trl.ModelConfig`]):
+            Its `lora_*` fields and `use_rslora`. `use_peft` and `lora_task_type` need not be set.
+        script_args ([`ShareLoraScriptArguments`]):
+            `share` and `train_common`.
+
+    Raises:
+        UnsupportedError: for what a LoRA can be and this adapter cannot: `use_dora`, `lora_target_parameters`.
+    """
+    from ..errors import UnsupportedError
+    from ..sharelora import ShareLoraConfig
+
+    for name in ("use_dora", "lora_target_parameters"):
+        if getattr(model_args, name):
+            raise UnsupportedError(
+                f"{name}={getattr(model_args, name)!r} is an option of plain LoRA that ShareLoRA does not have; leave it out."
+            )
+    return ShareLoraConfig(
+        task_type="SEQ_CLS",
+        r=model_args.lora_r,
+        lora_alpha=model_args.lora_alpha,
+        lora_dropout=model_args.lora_dropout,
+        target_modules=model_args.lora_target_modules,
+        modules_to_save=model_args.lora_modules_to_save,
+        use_rslora=model_args.use_rslora,
+        share=script_args.share,
+        train_common=script_args.train_common,
+    )
+
+
+def load_splits(
+    script_args: ShareLoraScriptArguments, dataset_args: "DatasetMixtureConfig", splits: list[str]
+) -> "list[Dataset | IterableDataset]":
+    """The splits of what the arguments name: a mixture, a local file, or a dataset of the hub.
+
+    Args:
+        script_args ([`ShareLoraScriptArguments`]):
+            `dataset_name`, `dataset_config`, `dataset_streaming`.
+        dataset_args ([`~trl.DatasetMixtureConfig`]):
+            `datasets`; goes first, as in TRL.
+        splits (`list[str]`):
+            Names of the splits. Asked for together, because TRL splits a mixture at random at each call.
+
+    Raises:
+        DataError: no dataset is named, or it has no such split.
+    """
+    from datasets import load_dataset
+    from trl import get_dataset
+
+    from ..data import load_preferences
+    from ..errors import DataError
+
+    if dataset_args.datasets:
+        mixture = get_dataset(dataset_args)
+        missing = [split for split in splits if split not in mixture]
+        if missing:
+            raise DataError(
+                f"The mixture has the splits {sorted(mixture)}, not {missing[0]!r}; set test_split_size to get a test split."
+            )
+        return [mixture[split] for split in splits]
+    if not script_args.dataset_name:
+        raise DataError("No data: give --dataset_name FILE or an id of the hub, or `datasets:` in the YAML file.")
+    if script_args.dataset_streaming or script_args.dataset_config:
+        return [
+            load_dataset(
+                script_args.dataset_name,
+                name=script_args.dataset_config,
+                split=split,
+                streaming=script_args.dataset_streaming,
+            )
+            for split in splits
+        ]
+    return [load_preferences(script_args.dataset_name, split=split) for split in splits]
+
+
+def main(
+    script_args: ShareLoraScriptArguments,
+    training_args: "ShareLoraRewardConfig",
+    model_args: ModelConfig,
+    dataset_args: "DatasetMixtureConfig",
+) -> None:
+    """Train, save, show the users.
+
+    Args:
+        script_args ([`ShareLoraScriptArguments`]):
+            Data and adapter.
+        training_args ([`ShareLoraRewardConfig`]):
+            Training.
+        model_args ([`~trl.ModelConfig`]):
+            Base model, quantisation, LoRA.
+        dataset_args ([`~trl.DatasetMixtureConfig`]):
+            A mixture of datasets.
+    """
+    from accelerate.logging import get_logger
+    from transformers import set_seed
+    from trl import get_quantization_config
+
+    from ..errors import ConfigError
+    from ..trainers.reward import ShareLoraRewardTrainer
+
+    logger = get_logger(__name__)
+
+    model_init_kwargs: dict[str, Any] = dict(
+        revision=model_args.model_revision,
+        trust_remote_code=training_args.trust_remote_code,
+        attn_implementation=model_args.attn_implementation,
+        dtype=model_args.dtype,
+    )
+    if training_args.model_init_kwargs is not None:
+        model_init_kwargs.update(training_args.model_init_kwargs)  # a dict by now; the command line gives it as JSON
+    training_args.model_init_kwargs = model_init_kwargs
+
+    # Load the dataset
+    if dataset_args.datasets and script_args.dataset_name:
+        logger.warning(
+            "Both `datasets` and `dataset_name` are provided. The `datasets` argument will be used to load the dataset and "
+            "`dataset_name` will be ignored."
+        )
+    if not model_args.model_name_or_path:
+        raise ConfigError("No base model: give --model_name_or_path, a path or an id of the hub.")
+    evaluate = training_args.eval_strategy != "no"
+    splits = [script_args.dataset_train_split] + [script_args.dataset_test_split] * evaluate
+    # TRL splits a mixture with numpy's generator: without a seed no two runs have the same split, nor have two processes
+    set_seed(training_args.seed)
+    train_dataset, eval_dataset = [*load_splits(script_args, dataset_args, splits), None][:2]
+
+    # Initialize the reward trainer
+    trainer = ShareLoraRewardTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_sharelora_config(model_args, script_args),
+    )
+
+    # Train the model
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+
+    # Log training complete
+    trainer.accelerator.print("✅ Training completed.")
+
+    # Save and push to Hub
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"💾 Model saved to {training_args.output_dir}.")
+
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.accelerator.print(f"🤗 Model pushed to the Hub in https://huggingface.co/{trainer.hub_model_id}.")
+
+    if evaluate:
+        show_users(trainer)
+
+    # Finish the trackers and destroy the process group
+    trainer.end()
+
+
+def show_users(trainer: "ShareLoraRewardTrainer") -> None:
+    """Evaluate the final model and print how well it serves its users.
+
+    Args:
+        trainer ([`ShareLoraRewardTrainer`]):
+            After training, with an evaluation set.
+    """
+    import pandas as pd
+
+    from ..evaluation import PerUserResult
+
+    metrics = trainer.evaluate()
+    # on one process only; and if all rows are of unseen users there is no table
+    if not trainer.is_world_process_zero() or "eval_users/accuracy_mean" not in metrics:
+        return
+    path = Path(trainer.args.output_dir, "users", f"eval-step-{trainer.state.global_step}.parquet")
+    table = pd.read_parquet(path)
+    result = PerUserResult(
+        table=table,
+        macro=metrics["eval_users/accuracy_mean"],
+        micro=metrics["eval_accuracy"],
+        worst_tenth=metrics["eval_users/accuracy_worst_tenth"],
+        ece=metrics["eval_users/ece"],
+        n_users=len(table),
+        n=int(table["n"].sum()),
+        ties=int(metrics["eval_ties"]),
+        unseen=int(metrics["eval_users/unseen_rows"]),
+    )
+    print(f"{result}\nThe whole table is in {path}")
+
+
+def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str | None = None):
+    """The parser of this script, as a subparser or on its own."""
+    from trl import DatasetMixtureConfig, TrlParser
+
+    from ..trainers.reward_config import ShareLoraRewardConfig
+
+    dataclass_types = (ShareLoraScriptArguments, ShareLoraRewardConfig, ModelConfig, DatasetMixtureConfig)
+    if subparsers is not None:
+        return subparsers.add_parser(
+            "reward", help="Train a personalised reward model", dataclass_types=dataclass_types
+        )
+    # An abbreviation would take arguments meant for `accelerate launch` (`--tpu`)
+    return TrlParser(dataclass_types, prog=prog, allow_abbrev=False)
+
+
+if __name__ == "__main__":
+    from .launch import parse_arguments
+
+    main(*parse_arguments(make_parser()))

@@ -1,0 +1,202 @@
+"""ShareLoraConfig: a PEFT config that also carries the users."""
+
+import math
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import hf_hub_download
+from peft import PeftConfig
+
+from ..errors import ConfigError
+from ..users import USERS_FILE, UserRegistry
+
+
+class ShareLoraType(StrEnum):
+    """The name of this method in PEFT's mappings.
+
+    `peft.PeftType` is a closed enum and PEFT has no plugin entry point (huggingface/peft#2273). A member of a str-enum
+    of our own hashes and compares like the plain string, so the `"SHARELORA"` read from a JSON file finds it.
+    """
+
+    SHARELORA = "SHARELORA"
+
+
+# what the users share -> the factor that is each user's own
+PERSONAL_FACTOR = {"B": "A", "A": "B", "AB": "C", "diagonal": "C"}
+SHARE_FORMS = tuple(PERSONAL_FACTOR)
+
+
+@dataclass
+class ShareLoraConfig(PeftConfig):
+    """
+    Configuration of [`ShareLoraModel`]: LoRA with one factor for everybody and one for each user.
+
+    With the default `share="B"` a row of user u is computed as `W0 x + s * B (A_u x)`: the up-projection B is shared by all
+    users, the down-projection A_u is the user's own (P-ShareLoRA, https://huggingface.co/papers/2503.19201, section 3
+    and Algorithm 2). A_u is held as `A_0 + D_u`: the common start A_0 and the user's own move D_u, zero for a new user.
+
+    Args:
+        r (`int`, *optional*, defaults to `8`):
+            Rank. 8 is LoRA's own default; the paper trains with 32.
+        lora_alpha (`float`, *optional*, defaults to `8`):
+            Numerator of the scaling `s = lora_alpha / r`; the paper uses 16 with rank 32.
+        lora_dropout (`float`, *optional*, defaults to `0.0`):
+            Dropout on the input of the adapter while training. TRL's `disable_dropout` leaves it alone.
+        target_modules (`list[str]` or `str`, *optional*):
+            Linear modules to adapt, as in [`~peft.LoraConfig`]. By default those PEFT adapts for the model's family
+            (query and value projections for most).
+        share (`str`, *optional*, defaults to `"B"`):
+            What the users share. `"B"`: the up-projection, each user has an A_u (r, in), the paper's method. `"A"`: the
+            down-projection, each user has a B_u (out, r), the paper's ablation. `"AB"`: both, each user has a core C_u
+            (r, r). `"diagonal"`: both, each user has a diagonal (r,). The last two are called 'kernel' and 'svd' in the
+            authors' code; they are not in the paper and are what makes very many users affordable.
+        train_common (`bool`, *optional*, defaults to `False`):
+            Keep training the common start (A_0) beside the users' own moves. Off, as in the paper, where each A_u is
+            trained by its own user only. On, what all users have in common is learned from all of their data, and a user
+            with few comparisons stays close to it.
+        users (`UserRegistry` or `list[str]`, *optional*):
+            The users in row order. The trainers fill it in from the training data. Stored beside the adapter as
+            `users.json`.
+        num_users (`int`, *optional*):
+            Their number; follows from `users`, and is what `adapter_config.json` keeps.
+        use_rslora (`bool`, *optional*, defaults to `False`):
+            Scale by `lora_alpha / sqrt(r)` (https://huggingface.co/papers/2312.03732).
+        init_lora_weights (`bool`, *optional*, defaults to `True`):
+            Start as LoRA does: A_0 uniform within 1/sqrt(in), B zero, so the model starts as its base. The authors' code
+            draws A on another scale by storing it transposed; this is the ordinary one. `False` draws B at random
+            too, so that the adapter does something from the start (for tests).
+        fan_in_fan_out (`bool`, *optional*, defaults to `False`):
+            The base stores its weight as (in, out). Found by itself for GPT-2's `Conv1D`.
+        exclude_modules (`list[str]` or `str`, *optional*):
+            Modules not to adapt, as in [`~peft.LoraConfig`].
+        layers_to_transform (`list[int]` or `int`, *optional*):
+            Indices of the layers to adapt.
+        layers_pattern (`list[str]` or `str`, *optional*):
+            Name of the list of layers, if it is not a usual one.
+        modules_to_save (`list[str]`, *optional*):
+            Modules trained in full, shared by all users and saved with the adapter. PEFT adds the head for
+            `task_type="SEQ_CLS"`.
+        trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
+            Tokens whose embedding is trained, shared by all users.
+
+    Raises:
+        ConfigError: for a value out of its range, naming it.
+    """
+
+    r: int = field(default=8, metadata={"help": "Rank. 8 is LoRA's own default; the paper trains with 32."})
+    lora_alpha: float = field(
+        default=8, metadata={"help": "Scaling is lora_alpha / r. The paper uses 16 with rank 32."}
+    )
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input while training."})
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Linear modules to adapt; by default those PEFT adapts for the model's family."},
+    )
+    share: Literal["B", "A", "AB", "diagonal"] = field(
+        default="B",
+        metadata={
+            "help": "What all users share: 'B' (the paper), 'A' (its ablation), 'AB' (personal core), 'diagonal'."
+        },
+    )
+    train_common: bool = field(
+        default=False,
+        metadata={"help": "Keep training the common start A_0 beside the users' own moves. Off, as in the paper."},
+    )
+    users: Any = field(default=None, metadata={"help": "The users in row order; the trainers fill it in."})
+    num_users: int | None = field(default=None, metadata={"help": "Number of users; follows from `users`."})
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r)."})
+    init_lora_weights: bool = field(
+        default=True, metadata={"help": "Start as LoRA does (B zero). False draws B at random, for tests."}
+    )
+    fan_in_fan_out: bool = field(default=False, metadata={"help": "The base stores its weight as (in, out)."})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules not to adapt."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layers to adapt."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules trained in full, shared by all users, saved with the adapter."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Tokens whose embedding is trained, shared by all users."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = ShareLoraType.SHARELORA
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+        if self.share not in SHARE_FORMS:
+            raise ConfigError(
+                f"share={self.share!r} is unknown; one of {', '.join(map(repr, SHARE_FORMS))} is needed."
+            )
+        # bool is an int in Python; a rank of True is a mistake
+        if isinstance(self.r, bool) or not isinstance(self.r, int) or not 0 < self.r <= 65536:
+            raise ConfigError(f"r={self.r!r}; the rank is a whole number of at least 1 (the paper uses 32).")
+        if not _is_number(self.lora_alpha) or not self.lora_alpha > 0:
+            raise ConfigError(
+                f"lora_alpha={self.lora_alpha!r}; a finite number above 0 is needed (the paper uses 16)."
+            )
+        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout={self.lora_dropout!r}; a probability in [0, 1) is needed.")
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ConfigError("layers_pattern is set without layers_to_transform; give the layers, or leave both out.")
+        self.set_users(self.users)
+
+    def set_users(self, users: "UserRegistry | list[str] | None") -> None:
+        """Give the config its users; `num_users` follows."""
+        if users is not None:
+            self.users = users if isinstance(users, UserRegistry) else UserRegistry(users)
+            self.num_users = len(self.users)
+
+    @property
+    def scaling(self) -> float:
+        """The factor s of `s * B (A_u x)`."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def to_dict(self) -> dict:
+        """The fields as JSON-able values, without the users: they may be a million and have a file of their own."""
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "users"}
+        if self.users is not None:
+            values["num_users"] = len(self.users)
+        return values
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """Write `adapter_config.json` and, beside it, `users.json`."""
+        super().save_pretrained(save_directory, **kwargs)
+        if self.users is not None:
+            self.users.save(save_directory)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
+        """Read `adapter_config.json` and `users.json` from a directory or the Hub.
+
+        Raises:
+            UserIdError: `users.json` is missing or torn.
+            ConfigError: it names another number of users than the config, or the adapter is not a ShareLoRA one.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if not isinstance(config, cls):
+            raise ConfigError(
+                f"The adapter in {pretrained_model_name_or_path} has a {type(config).__name__}; one with a {cls.__name__} is needed."
+            )
+        directory = Path(pretrained_model_name_or_path, subfolder or "")
+        if directory.is_dir():
+            users = UserRegistry.load(directory)
+        else:
+            hub_kwargs, *_ = cls._split_kwargs(kwargs)
+            users = UserRegistry.load(
+                hf_hub_download(pretrained_model_name_or_path, USERS_FILE, subfolder=subfolder, **hub_kwargs)
+            )
+        if config.num_users != len(users):
+            raise ConfigError(
+                f"{USERS_FILE} names {len(users)} users, adapter_config.json {config.num_users}: the files are of two "
+                "different saves. Copy the whole directory again."
+            )
+        config.set_users(users)
+        return config
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,336 @@
+"""The layer: `W0 x + s * B (A_u x)`, a row of the batch with its own user's factor."""
+
+import math
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from peft.utils.other import transpose
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import RoutingError, UnsupportedError
+from .bank import ResidentBank
+from .config import PERSONAL_FACTOR, ShareLoraConfig
+from .routing import Route, Router
+
+
+class AdapterDropout(nn.Module):
+    """Dropout of the adapter's input; not an `nn.Dropout`, whose rate TRL's `disable_dropout` sets to zero unasked.
+
+    Args:
+        p (`float`):
+            Share of entries set to zero while training.
+    """
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(x, self.p, self.training) if self.p else x
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+class Scale(nn.Module):
+    """The common diagonal `(r,)` of `share="diagonal"`, one at the start."""
+
+    def __init__(self, r: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(r))
+
+
+class ShareLoraLayer(BaseTunerLayer):
+    """What a ShareLoRA layer keeps per adapter, whatever module it wraps.
+
+    `sharelora_A`, `sharelora_B`, `sharelora_C` hold the factors: shared ones as `nn.Linear` (or nothing), the personal
+    one as a bank of moves; `sharelora_common` holds what the moves start from (A_0 for `share="B"`).
+    """
+
+    adapter_layer_names = ("sharelora_A", "sharelora_B", "sharelora_C", "sharelora_common")
+    other_param_names = ("r", "lora_alpha", "scaling", "share", "sharelora_dropout")
+
+    def __init__(self, base_layer: nn.Module, router: Router):
+        self.base_layer = base_layer
+        self.router = router
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer())
+        # ModuleDicts, not ParameterDicts: TRL copies a reference adapter by names with ".default." inside (facts: a
+        # ParameterDict's end in ".default" and are missed without a word)
+        self.sharelora_A = nn.ModuleDict()
+        self.sharelora_B = nn.ModuleDict()
+        self.sharelora_C = nn.ModuleDict()
+        self.sharelora_common = nn.ModuleDict()
+        self.sharelora_dropout = nn.ModuleDict()
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.share: dict[str, str] = {}
+        self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.merged_user = -1  # nobody
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+
+    def update_layer(self, adapter_name: str, config: ShareLoraConfig) -> None:
+        """Add an adapter to the layer."""
+        r, users = config.r, len(config.users)
+        # Drawn in the order of peft's LoRA, so that the same seed gives the same A.
+        A = nn.Linear(self.in_features, r, bias=False)  # weight (r, in)
+        B = nn.Linear(r, self.out_features, bias=False)  # weight (out, r)
+        if config.init_lora_weights:
+            nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))  # uniform within 1 / sqrt(in)
+            nn.init.zeros_(B.weight)
+
+        common: nn.Module
+        if config.share == "B":
+            self.sharelora_A[adapter_name] = ResidentBank(users, (r, self.in_features))
+            self.sharelora_B[adapter_name] = B
+            common = A
+        elif config.share == "A":
+            self.sharelora_A[adapter_name] = A
+            self.sharelora_B[adapter_name] = ResidentBank(users, (self.out_features, r))
+            common = B
+        else:
+            self.sharelora_A[adapter_name] = A
+            self.sharelora_B[adapter_name] = B
+            if config.share == "AB":
+                self.sharelora_C[adapter_name] = ResidentBank(users, (r, r))
+                common = nn.Linear(r, r, bias=False)
+                nn.init.eye_(common.weight)  # C_0 = I: the common model is plain LoRA
+            else:
+                self.sharelora_C[adapter_name] = ResidentBank(users, (r,))
+                common = Scale(r)
+        self.sharelora_common[adapter_name] = common
+        self.sharelora_dropout[adapter_name] = AdapterDropout(config.lora_dropout)
+        self.r[adapter_name] = r
+        self.lora_alpha[adapter_name] = config.lora_alpha
+        self.scaling[adapter_name] = config.scaling
+        self.share[adapter_name] = config.share
+        if not config.train_common:
+            # PEFT switches requires_grad on again at every set_adapter or disable_adapter, but not for these
+            self.frozen_peft_weight_names[adapter_name] = ("sharelora_common",)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def bank(self, adapter_name: str) -> ResidentBank:
+        """The users' own part of an adapter."""
+        return getattr(self, f"sharelora_{PERSONAL_FACTOR[self.share[adapter_name]]}")[adapter_name]
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT would also cast to the base's dtype. The factors stay float32: in bf16 only a third of A's entries ever move
+        # at the default learning rate.
+        base_device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        device = device if device is not None else base_device
+        for name in (*self.adapter_layer_names, "sharelora_dropout"):
+            module = getattr(self, name)
+            if adapter_name in module and not any(p.device.type == "meta" for p in module[adapter_name].parameters()):
+                module[adapter_name].to(device)
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)
+
+
+class Linear(nn.Module, ShareLoraLayer):
+    """A frozen linear module (`nn.Linear`, `Conv1D`, 8-bit, 4-bit or otherwise quantised) with ShareLoRA.
+
+    Args:
+        base_layer (`nn.Module`):
+            The module to wrap; frozen.
+        adapter_name (`str`):
+            Name of its first adapter.
+        config ([`ShareLoraConfig`]):
+            Of that adapter.
+        router ([`Router`]):
+            Of the model.
+
+    Raises:
+        UnsupportedError: the module is not linear.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: ShareLoraConfig, router: Router):
+        nn.Module.__init__(self)
+        ShareLoraLayer.__init__(self, base_layer, router)
+        base = self.get_base_layer()
+        quantised_linear = self.quantization_backend is not None and self.quantization_backend.layer_type == "linear"
+        if not isinstance(base, nn.Linear | Conv1D) and not quantised_linear:
+            raise UnsupportedError(
+                f"ShareLoRA adapts linear modules (nn.Linear, Conv1D, quantised ones); {type(base).__name__} is targeted. Name "
+                "only linear modules in target_modules, or list this one in exclude_modules or modules_to_save."
+            )
+        self.fan_in_fan_out = config.fan_in_fan_out or isinstance(base, Conv1D)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Rows `(batch, ..., in)` -> `(batch, ..., out)`, each with its own user's factor.
+
+        Raises:
+            RoutingError: no route is open, or it has another number of users than `x` has rows.
+        """
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.sharelora_A]
+        if not active:
+            return self.base_layer(x, *args, **kwargs)
+        route = self._route_of(x)
+        if self.merged:
+            self._check_merged_user(route)
+            return self.base_layer(x, *args, **kwargs)
+        y = self.base_layer(x, *args, **kwargs)
+        for adapter_name in active:
+            y = self._add_adapter(adapter_name, x, y, route)
+        return y
+
+    def _add_adapter(self, adapter_name: str, x: torch.Tensor, y: torch.Tensor, route: Route) -> torch.Tensor:
+        """`y + s * B (A_u x)`, for `x` `(batch, ..., in)` and the base's output `y` `(batch, ..., out)`."""
+        share, scaling = self.share[adapter_name], self.scaling[adapter_name]
+        A, B = self.sharelora_A[adapter_name], self.sharelora_B[adapter_name]
+        bank, common = self.bank(adapter_name), self.sharelora_common[adapter_name].weight
+        # The factors are cast to x's type, never x to theirs: under autocast x is the larger by far.
+        own = (common + bank(route)).to(x.dtype)  # (batch, *move)
+        batch = x.shape[0]
+        rows = self.sharelora_dropout[adapter_name](x).reshape(batch, -1, x.shape[-1])  # (batch, seq, in)
+
+        if share == "B":
+            # The paper's sentence: one B for everybody, one A for each user. (3.3), Algorithm 2.
+            h = torch.bmm(rows, own.mT)  # (batch, seq, r)
+        else:
+            h = F.linear(rows, A.weight.to(x.dtype))  # (batch, seq, r)
+            if share == "AB":
+                h = torch.bmm(h, own.mT)
+            elif share == "diagonal":
+                h = h * own.unsqueeze(1)
+        h = h * scaling  # the small tensor of the two
+        if share == "A":
+            update = torch.bmm(h, own.mT).reshape(y.shape)  # (batch, seq, out)
+            return y + update.to(y.dtype)
+        h, weight = h.reshape(-1, h.shape[-1]), B.weight.to(x.dtype)
+        if y.dtype == h.dtype == weight.dtype:
+            # adds in the product's own pass over y
+            return torch.addmm(y.reshape(-1, y.shape[-1]), h, weight.mT).reshape(y.shape)
+        return y + F.linear(h, weight).reshape(y.shape).to(y.dtype)
+
+    def _route_of(self, x: torch.Tensor) -> Route:
+        route = self.router.current()
+        if route is None:
+            raise RoutingError(
+                f"A batch of {x.shape[0]} row(s) came without user ids. Open a route with `with use_users(model, ids):` or call "
+                "the model with user_ids=[...], one per row. (With an activation checkpointing that is not transformers' "
+                "own, keep `use_users` open around the backward too.)"
+            )
+        if len(route.user_index) != x.shape[0]:
+            raise RoutingError(
+                f"{len(route.user_index)} user ids came for {x.shape[0]} rows. A preference batch has two rows per pair "
+                "([chosen; rejected]: repeat the ids twice), beams and several returned sequences multiply the rows. Packed "
+                "or padding-free batches and modules that flatten tokens before a linear layer (mixtures of experts) "
+                "cannot be used: their rows are not samples."
+            )
+        return route
+
+    def _check_merged_user(self, route: Route) -> None:
+        others = int(torch.ne(route.user_index, self.merged_user).sum())
+        if others:
+            raise RoutingError(
+                f"The adapter of user {self.router.users[self.merged_user]!r} is merged into the base, but {others} row(s) belong "
+                "to other users. Unmerge first (model.unmerge_adapter())."
+            )
+
+    # -- one user as a weight -------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter_name: str, user_index: int) -> torch.Tensor:
+        """`s * B A_u` of one user, as the base stores its weight: `(out, in)`, or `(in, out)` for `Conv1D`."""
+        down, up = lora_factors(
+            self.share[adapter_name],
+            self.sharelora_A[adapter_name].weight,
+            self.sharelora_B[adapter_name].weight,
+            self.sharelora_common[adapter_name].weight,
+            self.bank(adapter_name).weight[user_index],
+        )
+        return transpose(self.scaling[adapter_name] * (up @ down), self.fan_in_fan_out)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the open route's user to the base weight.
+
+        Args:
+            safe_merge (`bool`, *optional*, defaults to `False`):
+                Check the result for NaN before it replaces the base weight.
+            adapter_names (`list[str]`, *optional*):
+                Which adapters; by default the active ones.
+
+        Raises:
+            RoutingError: the route names no user, or more than one.
+        """
+        route = self.router.current()
+        users = [] if route is None else route.user_index.unique().tolist()
+        if self.merged and users != [self.merged_user]:
+            raise RoutingError(
+                f"User {self.router.users[self.merged_user]!r} is merged into the base already. Unmerge first "
+                "(model.unmerge_adapter())."
+            )
+        adapter_names = check_adapters_to_merge(self, adapter_names)
+        if adapter_names and (len(users) != 1 or users[0] < 0):
+            raise RoutingError(
+                f"Only one user can be merged into the base weights; {len(users)} are named. Call "
+                'model.merge_and_unload(user="ann"), or `with use_users(model, ["ann"]): model.merge_adapter()`.'
+            )
+        for adapter_name in adapter_names:
+            if adapter_name in self.sharelora_A:
+                self._add_to_base(self.get_delta_weight(adapter_name, users[0]), safe_merge)
+                self.merged_adapters.append(adapter_name)
+                self.merged_user = users[0]
+
+    def unmerge(self) -> None:
+        """Take the merged user out of the base weight again."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            adapter_name = self.merged_adapters.pop()
+            self._add_to_base(-self.get_delta_weight(adapter_name, self.merged_user), safe_merge=False)
+        self.merged_user = -1
+
+    def _add_to_base(self, delta: torch.Tensor, safe_merge: bool) -> None:
+        weight = self.get_base_weight()
+        merged = delta.to(weight.device) + weight  # in float32, or a wider base's type
+        if safe_merge and not merged.isfinite().all():
+            raise ValueError("NaN or Inf in the merged weights; the adapter seems to be broken.")
+        self.set_base_weight(merged.to(weight.dtype))
+
+    def __repr__(self) -> str:
+        return "sharelora." + super().__repr__()
+
+
+def lora_factors(
+    share: str, A: torch.Tensor, B: torch.Tensor, common: torch.Tensor, move: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One user as the two factors of an ordinary LoRA, without the scaling.
+
+    Args:
+        share (`str`):
+            Form of the adapter.
+        A (`torch.Tensor`):
+            The shared down-projection `(r, in)`; not read for `share="B"`.
+        B (`torch.Tensor`):
+            The shared up-projection `(out, r)`; not read for `share="A"`.
+        common (`torch.Tensor`):
+            What the moves start from: A_0, B_0, C_0 or the diagonal.
+        move (`torch.Tensor`):
+            The user's own move, of the same shape.
+
+    Returns:
+        `tuple`: down `(r, in)` and up `(out, r)`.
+    """
+    own = common + move
+    if share == "B":
+        return own, B
+    if share == "A":
+        return A, own
+    if share == "AB":
+        return own @ A, B
+    return own.unsqueeze(1) * A, B

@@ -1,0 +1,247 @@
+"""ShareLoraModel: injects the layers, loads with checks, generates with beams, merges one user."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
+
+from ..errors import AdapterMismatchError, ConfigError, RoutingError, UnknownUserError
+from .config import PERSONAL_FACTOR, ShareLoraConfig
+from .layer import Linear, ShareLoraLayer
+from .routing import Route, Router
+
+
+class Float32Linear(nn.Linear):
+    """A head that is computed in float32 whatever the base and the autocast.
+
+    In bf16 two rewards of about 4 that differ by less than .03 are a tie, and small updates of the weight vanish.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            # the weight too: someone may have cast the whole model (Trainer's bf16_full_eval does)
+            return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+
+
+class ShareLoraModel(BaseTuner):
+    """
+    A model with ShareLoRA layers; made by [`~peft.get_peft_model`] from a [`ShareLoraConfig`].
+
+    Its rows belong to users: open a route with [`use_users`], or pass `user_ids` to the forward or to `generate`.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The base.
+        config ([`ShareLoraConfig`]):
+            Of the first adapter; it must know its users.
+        adapter_name (`str`):
+            Its name.
+    """
+
+    prefix: str = "sharelora_"
+    tuner_layer_cls = ShareLoraLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        self._check_has_users(config)
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                # On a CPU with AVX512-BF16, bitsandbytes repacks a 4-bit weight at the first evaluation for a kernel that has
+                # no backward, and never unpacks it: training on would lose the gradient through the base without a word.
+                # (The repacking also fails for sizes that are no multiples of its blocks.)
+                module.support_avx512bf16_for_cpu = False
+        # before the layers, which refer to it
+        self.router = Router(config.users)
+        self._hooks = [
+            model.register_forward_pre_hook(self.router.before_forward, with_kwargs=True),
+            model.register_forward_hook(self.router.after_forward, always_call=True),
+        ]
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if str(self.peft_config[adapter_name].task_type).endswith("SEQ_CLS"):
+            for module in model.modules():
+                if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+                    _keep_in_float32(module.modules_to_save[adapter_name])
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        for hook in self._hooks:
+            hook.remove()
+        return model
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
+        self._check_has_users(peft_config)
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    @staticmethod
+    def _check_has_users(config: PeftConfig) -> None:
+        if not config.users:
+            raise ConfigError(
+                "This ShareLoraConfig has no users, so there is nobody to give a row to. The trainers of this package fill them "
+                'in from the data; elsewhere give them: ShareLoraConfig(users=["ann", "bob"]). A saved config brings them '
+                "along when read with ShareLoraConfig.from_pretrained or PeftModel.from_pretrained."
+            )
+
+    def _check_new_adapter_config(self, config: PeftConfig) -> None:
+        super()._check_new_adapter_config(config)
+        self._check_has_users(config)
+        if config.users != self.router.users:
+            raise ConfigError(
+                f"The new adapter has {len(config.users)} users, the model's other adapters have {len(self.router.users)}, or in "
+                "another order; one batch is routed once for all of them. Give both the same UserRegistry."
+            )
+
+    def _create_and_replace(
+        self,
+        peft_config: ShareLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, ShareLoraLayer):
+            target.update_layer(adapter_name, peft_config)
+            return
+        new_module = Linear(target, adapter_name, peft_config, self.router)
+        if adapter_name not in self.active_adapters:
+            new_module.requires_grad_(False)  # an additional adapter is not trainable by itself
+        self._replace_module(parent, target_name, new_module, target)
+
+    # -- saving and loading ----------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        """PEFT's selection; users who were added to the registry and have no row yet get their D = 0."""
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        bank = f".sharelora_{PERSONAL_FACTOR[config.share]}.{adapter_name}.weight"
+        for key, tensor in selected.items():
+            missing = len(config.users) - len(tensor)
+            if key.endswith(bank) and missing > 0:
+                selected[key] = torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
+        return selected
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """PEFT's mapping of keys, then the checks PEFT leaves out: all tensors there, of the right shape, finite."""
+        loaded = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        present = model.state_dict()
+        expected = [key for key in present if ".sharelora_" in key and f".{adapter_name}." in key]
+        problems = [f"{key}: missing in the file" for key in expected if key not in loaded]
+        for key, value in loaded.items():
+            if ".sharelora_" in key and key not in present:
+                problems.append(f"{key}: the model has no such tensor")
+            elif key in present and value.shape != present[key].shape:
+                problems.append(f"{key}: {tuple(value.shape)} in the file, {tuple(present[key].shape)} in the model")
+            elif value.is_floating_point() and not value.isfinite().all():
+                problems.append(f"{key}: NaN or Inf in the file")
+        if problems:
+            more = f"\n  ... and {len(problems) - 8} more" if len(problems) > 8 else ""
+            raise AdapterMismatchError(
+                f"The saved adapter does not fit this model; {len(problems)} tensor(s) differ:\n  "
+                + "\n  ".join(problems[:8])
+                + more
+                + f"\nThe adapter was trained on {config.base_model_name_or_path!r} with r={config.r}, share={config.share!r}, "
+                f"{config.num_users} users. Load it onto that base; if the base is right, the file is damaged or of "
+                "another run: take it from a backup."
+            )
+        return loaded
+
+    # -- generation and merging ---------------------------------------------------------------------------------------------
+
+    def generate(self, *args: Any, user_ids: Any = None, unseen: str = "raise", **kwargs: Any) -> Any:
+        """The base model's `generate`, each prompt for its own user.
+
+        Args:
+            user_ids (`list[str]` or `torch.Tensor`, *optional*):
+                One user per prompt. By default those of the open route.
+            unseen (`str`, *optional*, defaults to `"raise"`):
+                As in [`use_users`].
+
+        Raises:
+            RoutingError: no users are given and no route is open.
+        """
+        route = self.router.current() if user_ids is None else self.router.resolve(user_ids, unseen)
+        if route is None:
+            return self.model.generate(
+                *args, **kwargs
+            )  # the first layer says what is missing; without adapters none is
+        config = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
+        copies = 1
+        for name in ("num_beams", "num_return_sequences"):
+            value = kwargs.get(name, getattr(config, name, None))
+            copies = max(copies, value or 1)
+        # generate repeats each prompt for its beams, neighbours together
+        expanded = Route(route.user_index.repeat_interleave(copies), route.has_unseen) if copies > 1 else route
+        with self.router.use(expanded):
+            return self.model.generate(*args, **kwargs)
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        user: str | int | None = None,
+    ) -> nn.Module:
+        """
+        The base model with one user's adapter merged in; all other users are gone from it.
+
+        Args:
+            progressbar (`bool`, *optional*, defaults to `False`):
+                Show progress.
+            safe_merge (`bool`, *optional*, defaults to `False`):
+                Check the merged weights for NaN.
+            adapter_names (`list[str]`, *optional*):
+                Which adapters; by default the active ones.
+            user (`str` or `int`, *optional*):
+                Whose: his id, or his row. Needed when there is more than one user. A 4-bit base loses most of a
+                user's taste when its merged weights are quantised again; export the user instead.
+
+        Raises:
+            RoutingError: no user is given and there are several.
+            UnknownUserError: the user is not in the registry.
+        """
+        if user is None:
+            if len(self.router.users) != 1:
+                raise RoutingError(
+                    f"This adapter has {len(self.router.users)} users; their factors cannot be merged together. Say whose: "
+                    'merge_and_unload(user="ann").'
+                )
+            row = 0
+        elif isinstance(user, str):
+            row = self.router.users.index([user])[0]
+        elif isinstance(user, int) and 0 <= user < len(self.router.users):
+            row = user
+        else:
+            raise UnknownUserError(
+                f"user={user!r}; an id (text) or a row from 0 to {len(self.router.users) - 1} is needed."
+            )
+        with self.router.use(Route(torch.tensor([row]), has_unseen=False)):
+            return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+
+    def grow_users(self) -> None:
+        """Give rows to users that were added to the registry; all other rows stay bit-identical."""
+        for module in self.model.modules():
+            if isinstance(module, ShareLoraLayer):
+                for adapter_name in module.share:
+                    module.bank(adapter_name).grow(len(self.router.users))
+        self.router.rows = len(self.router.users)
+
+
+def _keep_in_float32(head: nn.Module) -> None:
+    for module in head.modules():
+        # exactly nn.Linear: a quantised head has its own arithmetic, and is refused by PEFT as a module to save
+        if type(module) is nn.Linear:
+            module.__class__ = Float32Linear
+    head.float()

@@ -1,0 +1,1 @@
+"""Subclasses of TRL's trainers, each personalised per user; with `scripts/` the only place that knows trl."""

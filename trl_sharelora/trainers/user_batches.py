@@ -1,0 +1,394 @@
+"""What every personalised trainer adds to its TRL parent: the user column, from the dataset to the metrics.
+
+The ids travel as a tensor of rows beside the batch, never inside it: TRL's models and collators need not know of them, and
+the route is open around a whole training step, backward included.
+"""
+
+import copy
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch import nn
+from transformers import TrainerCallback
+
+from ..data import check_long_rows, check_preference_rows, check_row
+from ..errors import AdapterMismatchError, ConfigError, DataError, NonFiniteError, UnknownUserError, UnsupportedError
+from ..evaluation import per_user_table
+from ..sharelora.bank import ResidentBank, ShareLoraAdamW
+from ..sharelora.config import ShareLoraConfig
+from ..sharelora.routing import Route, get_router
+from ..users import UserRegistry
+
+
+logger = logging.getLogger(__name__)
+
+
+class UserBatchCollator:
+    """Keeps the users of a batch beside what another collator makes of it.
+
+    Args:
+        collator (`Callable`):
+            Turns a list of examples into a batch; does not see the user.
+
+    Returns of a call: the collator's batch and `user_index` `(examples,)`, one row of the bank per example.
+    """
+
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]):
+        if getattr(collator, "padding_free", False) or getattr(collator, "return_position_ids", False):
+            raise UnsupportedError(
+                f"{type(collator).__name__} makes padding-free (packed) batches. Their rows are not samples, so they cannot be "
+                "given to users; use a collator that pads."
+            )
+        self.collator = collator
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        user_index = torch.tensor([example["user_index"] for example in examples], dtype=torch.long)
+        batch = self.collator([{k: v for k, v in example.items() if k != "user_index"} for example in examples])
+        batch["user_index"] = user_index
+        return batch
+
+
+class _ForgetVisits(TrainerCallback):
+    """A step that the gradient scaler skipped has no visitors to carry over."""
+
+    def __init__(self, router):
+        self.router = router
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.router.forget_visited()
+
+
+class UserBatchesMixin:
+    """Overrides of TRL's preference trainers that personalise them; goes before the TRL trainer in a class statement.
+
+    `_prepare_dataset`, `_set_signature_columns_if_needed` (the user column), `training_step` (the route), `log` (exact
+    metrics), `create_optimizer` (rows of users with data), `_load_from_checkpoint` (same users) and `create_model_card`
+    (how to use it). Everything else is the parent's.
+    """
+
+    _tag_names: list[str]
+
+    # -- before the parent's constructor ----------------------------------------------------------------------------------
+
+    def _gather_users(self, model: Any, args: Any, train_dataset: Any, users: UserRegistry | None) -> UserRegistry:
+        """The registry: given, of the loaded adapter, or built from the training data; checked rows first."""
+        adapter = getattr(model, "peft_config", {}).get("default") if not isinstance(model, str) else None
+        if isinstance(adapter, ShareLoraConfig):
+            if users is not None and users != adapter.users:
+                raise ConfigError(
+                    f"The adapter has its own {len(adapter.users)} users and users={users!r} came too. Leave `users` out; new users "
+                    "of the training data are added to the adapter's."
+                )
+            users = adapter.users
+        self._users_grow = users is None and isinstance(train_dataset, IterableDataset)
+        self._train_rows = train_dataset  # checked here; not again in _prepare_dataset
+        if isinstance(train_dataset, IterableDataset):
+            if self._users_grow:
+                if args.dataloader_num_workers:
+                    raise ConfigError(
+                        f"A streamed dataset whose users grow as they appear came with dataloader_num_workers="
+                        f"{args.dataloader_num_workers}; each worker would number them by itself. Give users=UserRegistry(...), or "
+                        "use no workers."
+                    )
+                # one user is needed to build the adapter; the stream is opened again for training
+                row = next(iter(train_dataset), None)
+                if row is None:
+                    raise DataError(
+                        "The train dataset is an empty stream: it gives no row. Was it read to its end before?"
+                    )
+                check_row(row, 0, args.user_column)
+                users = UserRegistry([row[args.user_column]])
+        elif isinstance(train_dataset, Dataset):
+            check_preference_rows(train_dataset, args.user_column, "train")
+            known = 0 if users is None else len(users)
+            users = UserRegistry() if users is None else users
+            users.add(_column(train_dataset, args.user_column), where=f"column {args.user_column!r}")
+            if known and len(users) > known:
+                logger.info("%d users of the training data are new; %d were known.", len(users) - known, known)
+        return users if users is not None else UserRegistry()
+
+    # -- the dataset --------------------------------------------------------------------------------------------------------
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        column = args.user_column
+        if isinstance(dataset, IterableDataset):
+            dataset = dataset.map(
+                _StreamedUsers(
+                    self.users, column, args.unseen, self._users_grow and dataset is self._train_rows, dataset_name
+                ),
+                with_indices=True,
+            )
+            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+
+        if dataset is not self._train_rows:
+            check_preference_rows(dataset, column, dataset_name)
+        user_ids = _column(dataset, column)
+        user_index = self.users.find(user_ids)
+        unseen = sorted({str(user_id) for user_id, row in zip(user_ids, user_index, strict=True) if row < 0})
+        if unseen and args.unseen == "raise":
+            raise UnknownUserError(
+                f"In the {dataset_name} dataset: {self.users.unknown_message(unseen)} In the trainer: "
+                'ShareLoraRewardConfig(unseen="common").'
+            )
+        if unseen:
+            logger.warning(
+                "%d of the %d rows of the %s dataset belong to %d users without training data; they are scored with the "
+                "common model (unseen='common').",
+                sum(row < 0 for row in user_index),
+                len(user_index),
+                dataset_name,
+                len(unseen),
+            )
+        # `map` and not `add_column`, which leaves a dataset with selected rows in pieces of a row each
+        dataset = dataset.map(
+            lambda _, rows: {"user_index": [user_index[row] for row in rows]},
+            with_indices=True,
+            batched=True,
+            desc=f"Finding the users of the {dataset_name} dataset",
+        )
+
+        # The parent tokenises and drops long rows in one go and says nothing; count them between the two.
+        without_limit = copy.copy(args)
+        without_limit.max_length = None
+        dataset = super()._prepare_dataset(dataset, processing_class, without_limit, dataset_name)
+        if args.max_length is not None and check_long_rows(dataset, args.max_length, column, dataset_name):
+            dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        return dataset
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        if "user_index" not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, "user_index"]
+
+    # -- after the parent's constructor -------------------------------------------------------------------------------------
+
+    def _start_routing(self) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise UnsupportedError(
+                f"{type(self).__name__} is tested on one process and with DDP; DeepSpeed and FSDP are refused, because they shard "
+                "the users' rows and their optimiser. Launch with a plain accelerate config."
+            )
+        self.router = get_router(self.model)
+        self.data_collator = UserBatchCollator(self.data_collator)
+        self.add_callback(_ForgetVisits(self.router))
+        # per mode: (user_index, chosen reward, rejected reward) of each batch since the last log, of all ranks
+        self._scores: dict[str, list[tuple[torch.Tensor, ...]]] = {"train": [], "eval": []}
+        self._train_rows = None
+        # TRL casts the trainable weights of a quantised base to bf16, in which small updates vanish (TRL's own reason for
+        # its exception for DoRA, huggingface/trl#7268).
+        if getattr(self.model, "is_loaded_in_8bit", False) or getattr(self.model, "is_loaded_in_4bit", False):
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+
+    def _tiled_route(self, user_index: torch.Tensor) -> Route:
+        """The route of a preference batch `[chosen; rejected]` of these users."""
+        return self.router.resolve(user_index.repeat(2), unseen="common")
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self._users_grow and len(self.users) > self.router.rows:
+            if self.accelerator.num_processes > 1:
+                raise UnsupportedError(
+                    "Users that grow as they appear in a stream are tested on one process; several would number them differently. "
+                    "Give users=UserRegistry(...)."
+                )
+            self.model.base_model.grow_users()
+        # around forward and backward: an activation checkpointing that is not transformers' own recomputes in the backward
+        with self.router.use(self._tiled_route(inputs["user_index"])):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    # -- metrics ------------------------------------------------------------------------------------------------------------
+
+    def _record_scores(self, user_index: torch.Tensor, rewards: torch.Tensor) -> None:
+        """Keep the rewards of a batch for exact metrics.
+
+        Args:
+            user_index (`torch.Tensor` of shape `(pairs,)`):
+                Users of the pairs of this rank.
+            rewards (`torch.Tensor` of shape `(2 * pairs,)`):
+                Rewards of `[chosen; rejected]`.
+
+        Raises:
+            NonFiniteError: a reward is NaN or infinite.
+        """
+        chosen, rejected = rewards.detach().float().chunk(2)
+        finite = chosen.isfinite() & rejected.isfinite()
+        if not finite.all():
+            rows = (~finite).nonzero().flatten().tolist()
+            users = sorted({self.users[i] if i >= 0 else "(unseen)" for i in user_index[~finite].tolist()})
+            raise NonFiniteError(
+                f"The reward of {len(rows)} pair(s) of this batch is NaN or infinite (places {rows[:10]} of the batch, users "
+                f"{', '.join(map(repr, users[:10]))}); stopped before anything was updated. Look at these users' comparisons "
+                "and, if the model was loaded, at their rows of the adapter; or lower the learning rate."
+            )
+        mode = "train" if self.model.training else "eval"
+        gathered = self.accelerator.gather_for_metrics((user_index, chosen, rejected))
+        self._scores[mode].append(tuple(tensor.cpu() for tensor in gathered))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        if self._scores[mode]:
+            user_index, chosen, rejected = (torch.cat(parts) for parts in zip(*self._scores[mode], strict=True))
+            self._scores[mode].clear()
+            exact = _pair_metrics(chosen, rejected)
+            exact["users/seen"] = len(user_index.unique())
+            if mode == "eval":
+                # keys are "<prefix>_runtime", the prefix "eval" or, of several datasets, "eval_<name>"
+                prefix = next((key.removesuffix("_runtime") for key in logs if key.endswith("_runtime")), "eval")
+                exact |= self._per_user_metrics(prefix, user_index, chosen, rejected)
+                if prefix != "eval":
+                    logs.update({f"{prefix}_{key}": value for key, value in exact.items()})
+            # the parent averages over batches, which is wrong when they differ in size
+            self._metrics[mode].update({key: [value] for key, value in exact.items()})
+        super().log(logs, start_time)
+
+    def _per_user_metrics(self, prefix, user_index, chosen, rejected) -> dict[str, float]:
+        """Summaries over users; the table itself goes to `output_dir/users/`."""
+        # an unseen user has no row, so he is counted but has no line of his own
+        unseen = user_index < 0
+        metrics: dict[str, float] = {"users/unseen_rows": int(unseen.sum())}
+        if unseen.all():
+            return metrics
+        seen = ~unseen
+        result = per_user_table(
+            [self.users[row] for row in user_index[seen].tolist()], chosen[seen].numpy(), rejected[seen].numpy()
+        )
+        if self.is_world_process_zero():
+            path = Path(self.args.output_dir, "users", f"{prefix}-step-{self.state.global_step}.parquet")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            result.to_parquet(path)
+        metrics["users/seen"] = len(result.table)
+        metrics["users/accuracy_mean"] = result.macro
+        metrics["users/accuracy_worst_tenth"] = result.worst_tenth
+        metrics["users/ece"] = result.ece
+        return metrics
+
+    # -- optimiser and checkpoints ------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            args = self.args
+            trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            banks = {id(module.weight) for module in model.modules() if isinstance(module, ResidentBank)}
+            decayed = set(self.get_decay_parameter_names(model))
+            shared = {name: p for name, p in trainable.items() if id(p) not in banks}
+            rate = {} if args.learning_rate_shared is None else {"lr": args.learning_rate_shared}
+            # the users first: the learning rate that is logged is that of the first group
+            groups = [
+                {
+                    "params": [p for p in trainable.values() if id(p) in banks],
+                    "rowwise": True,
+                    "weight_decay": args.user_weight_decay,
+                },
+                {
+                    "params": [p for name, p in shared.items() if name in decayed],
+                    "weight_decay": args.weight_decay,
+                    **rate,
+                },
+                {"params": [p for name, p in shared.items() if name not in decayed], "weight_decay": 0.0, **rate},
+            ]
+            _, kwargs = self.get_optimizer_cls_and_kwargs(args, model)
+            self.optimizer = ShareLoraAdamW(
+                [{"rowwise": False, **group} for group in groups if group["params"]], self.router, **kwargs
+            )
+        return self.optimizer
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        saved = UserRegistry.load(resume_from_checkpoint)
+        if self._users_grow and saved.ids[: len(self.users)] == self.users.ids:
+            self.users.add(saved.ids)
+            self.model.base_model.grow_users()
+        if saved != self.users:
+            changed = [row for row, (old, new) in enumerate(zip(saved, self.users, strict=False)) if old != new]
+            what = f"row {changed[0]} is another user" if changed else f"{len(saved)} users against {len(self.users)}"
+            raise AdapterMismatchError(
+                f"The checkpoint {resume_from_checkpoint} was made with other users than the training data has now ({what}): "
+                "every user would be given another's row. Resume with the same data, or start a new training from the "
+                "adapter (PeftModel.from_pretrained(..., is_trainable=True)), to which new users are added."
+            )
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def create_model_card(self, *args, **kwargs):
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            path = Path(self.args.output_dir, "README.md")
+            card = path.read_text(encoding="utf-8")
+            usage = _CARD_USAGE.format(
+                model=self.hub_model_id or Path(self.args.output_dir).name,
+                users=len(self.users),
+                column=self.args.user_column,
+                share=self.model.peft_config["default"].share,
+            )
+            # the parent's quick start is a pipeline, which cannot say whose reward it wants
+            card = re.sub(r"## Quick start\n.*?(?=\n## )", lambda _: usage, card, count=1, flags=re.DOTALL)
+            path.write_text(card, encoding="utf-8")
+
+
+class _StreamedUsers:
+    """Adds `user_index` to the rows of a stream; a class because `datasets` pickles what it maps with."""
+
+    def __init__(self, users: UserRegistry, column: str, unseen: str, grow: bool, name: str):
+        self.users, self.column, self.unseen, self.grow, self.name = users, column, unseen, grow, name
+        self.first_row: dict[str, Any] | None = None  # the others must have its format
+
+    def __call__(self, row: dict[str, Any], number: int) -> dict[str, Any]:
+        check_row(row, number, self.column, first_row=self.first_row, name=self.name)
+        self.first_row = self.first_row or row
+        if self.grow:
+            index = self.users.add([row[self.column]], where=f"the stream (row {number})")[0]
+        else:
+            index = (self.users.index if self.unseen == "raise" else self.users.find)([row[self.column]])[0]
+        return {"user_index": index}
+
+
+def _column(dataset: Dataset, name: str) -> list[Any]:
+    """A column as Python values, whatever the dataset's format."""
+    return dataset.with_format(None)[name][:]
+
+
+def _pair_metrics(chosen: torch.Tensor, rejected: torch.Tensor) -> dict[str, float]:
+    """TRL's means over pairs, exact over all of them; a tie is half right, and counted.
+
+    `min_reward` and `max_reward` stay TRL's: means over batches of the batch's extremes.
+
+    Args:
+        chosen (`torch.Tensor` of shape `(pairs,)`):
+            Rewards of the preferred replies.
+        rejected (`torch.Tensor` of shape `(pairs,)`):
+            Rewards of the others.
+    """
+    rewards = torch.cat([chosen, rejected]).double()
+    ties = (chosen == rejected).sum().item()
+    return {
+        "accuracy": ((chosen > rejected).sum().item() + ties / 2) / len(chosen),
+        "ties": ties,
+        "margin": (chosen.double() - rejected.double()).mean().item(),
+        "mean_reward": rewards.mean().item(),
+    }
+
+
+_CARD_USAGE = """## Quick start
+
+A personalised reward model: {users} users share what they have in common, and each has a part of his own
+(`share="{share}"`). Every row needs the user whose reward is wanted (column `{column}` of the training data).
+
+```python
+import trl_sharelora  # registers the adapter type; without it PEFT raises KeyError: 'SHARELORA'
+from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{model}")
+model = AutoPeftModelForSequenceClassification.from_pretrained("{model}", num_labels=1)
+batch = tokenizer(["The capital of France is Paris."], return_tensors="pt")
+reward = model(**batch, user_ids=[model.peft_config["default"].users[0]]).logits
+```
+
+`trl_sharelora.export_user(path, user_id, output_dir)` writes one user as an ordinary LoRA that needs only PEFT. The user
+ids are in `users.json`; do not publish it if they are personal data.
+"""
