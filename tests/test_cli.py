@@ -159,7 +159,7 @@ def test_an_unknown_accelerate_config_names_those_there_are(launched, minimal, c
     assert cli.main(["reward", *minimal, "--accelerate_config", "zero9"]) == 2
     error = capsys.readouterr().err
     assert "ConfigError: --accelerate_config zero9: there is no such file" in error
-    assert "it ships fsdp1, fsdp2, multi_gpu, single_gpu, zero1, zero2, zero3." in error
+    assert "it ships cpu, fsdp2, multi_gpu, single_gpu, zero2, zero3." in error
     assert launched == []
 
 

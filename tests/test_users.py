@@ -1,7 +1,15 @@
 """The registry of users: what is an id, who keeps which row, and what is refused."""
 
+import copy
 import json
+import os
+import pickle
+import subprocess
+import sys
 import unicodedata
+import uuid
+from array import array
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +17,8 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import trl_sharelora
+from trl_sharelora import users as users_module
 from trl_sharelora.errors import DataError, UnknownUserError, UserIdError
 from trl_sharelora.users import UserRegistry, user_id_as_text
 
@@ -247,3 +257,278 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         UserRegistry(["ann", "bob"]).save(tmp_path)
     assert UserRegistry.load(tmp_path).ids == ["ann"]
+
+
+SHAPES = {
+    "as json.dump wrote it before": lambda content: json.dumps(content, ensure_ascii=False, indent=0),
+    "on one line": json.dumps,
+    "indented": lambda content: json.dumps(content, indent=2),
+    "the users first": lambda content: json.dumps({"users": content["users"], **content}, indent=0),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_any_json_of_the_same_content_is_read(tmp_path, shape):
+    ids = ["ann", None, JOSE_ONE, 'a "quoted", one', "line\nbreak", "\u2028]}", "],"]
+    content = {"version": 1, "registry_id": "f00", "users": ids}
+    (tmp_path / "users.json").write_text(SHAPES[shape](content), encoding="utf-8")
+    users = UserRegistry.load(tmp_path)
+    assert users.ids == ids and users.registry_id == "f00"
+    users.save(tmp_path)
+    assert json.loads((tmp_path / "users.json").read_text(encoding="utf-8")) == content
+    assert UserRegistry.load(tmp_path).ids == ids
+
+
+@pytest.mark.parametrize("size", range(8))
+def test_a_list_read_in_portions_is_whole_or_refused(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(users_module, "_PORTION", 3)
+    users = UserRegistry([f"user {number}" for number in range(size)])
+    path = users.save(tmp_path)
+    assert UserRegistry.load(path) == users
+    content = path.read_text(encoding="utf-8")
+    for end in range(len(content) - 1):  # all but the last line break
+        path.write_text(content[:end], encoding="utf-8")
+        with pytest.raises(UserIdError, match="torn or edited"):
+            UserRegistry.load(path)
+    path.write_text(content + content, encoding="utf-8")
+    with pytest.raises(UserIdError, match="torn or edited"):
+        UserRegistry.load(path)
+
+
+# -- forgetting
+
+
+def test_a_forgotten_user_leaves_an_empty_row():
+    users = UserRegistry(["ann", "bob", "cat"])
+    assert users.forget("bob") == 1
+    assert (len(users), users[1], users[-1], "bob" in users) == (3, None, "cat", False)
+    assert users.ids == users[:] == list(users) == ["ann", None, "cat"]
+    assert users.find(["ann", "bob", "cat"]) == [0, -1, 2]
+    with pytest.raises(UnknownUserError, match=r"1 unknown user.s.: 'bob'. This adapter knows 2 users .'ann', 'cat'."):
+        users.index(["bob"])
+    assert users.add(["bob", "dan", "bob"]) == [3, 4, 3]
+    assert users.ids == ["ann", None, "cat", "bob", "dan"]
+
+
+def test_who_is_not_there_cannot_be_forgotten():
+    users = UserRegistry([JOSE_ONE, "ann"])
+    users.forget("ann")
+    for user_id in ("ann", "bob"):
+        with pytest.raises(UnknownUserError, match=f"'{user_id}'"):
+            users.forget(user_id)
+    with pytest.raises(UserIdError, match="differ only by Unicode normalisation"):
+        users.forget(JOSE_TWO)
+    with pytest.raises(UserIdError, match="is missing"):
+        users.forget(None)
+    assert users.ids == [JOSE_ONE, None]
+
+
+def test_nothing_of_a_forgotten_id_is_left(tmp_path):
+    users = UserRegistry(["ann", JOSE_ONE, 7])
+    users.save(tmp_path)
+    users.forget(JOSE_ONE)
+    users.forget("7")
+    assert b"Jos" not in users._text and b"7" not in users._text and b"Jos" not in pickle.dumps(users)
+    path = users.save(tmp_path)
+    assert json.loads(path.read_text(encoding="utf-8"))["users"] == ["ann", None, None]
+    for registry in (users, UserRegistry.load(tmp_path)):
+        # neither his spelling nor his type is remembered
+        assert registry.add([JOSE_TWO, "7"]) == [3, 4]
+
+
+def test_forgotten_users_are_part_of_what_is_equal(tmp_path):
+    users, other = UserRegistry(["ann", "bob"]), UserRegistry(["ann", "bartholomew"])
+    users.forget("bob")
+    assert users != other
+    other.forget("bartholomew")
+    assert users == other == UserRegistry.load(users.save(tmp_path))
+    assert users != UserRegistry(["ann"]) and users != ["ann", None]
+
+
+def test_an_id_of_null_characters_is_not_taken_for_a_forgotten_one(tmp_path):
+    users = UserRegistry(["\0", "\0\0", "\xff"])
+    assert users.forget("\0") == 0
+    assert users.ids == UserRegistry.load(users.save(tmp_path)).ids == [None, "\0\0", "\xff"]
+
+
+def test_none_is_no_id_outside_a_file():
+    with pytest.raises(UserIdError, match="is missing .None. at place 1"):
+        UserRegistry(["ann", None])
+
+
+# -- the compact table
+
+
+@pytest.mark.parametrize("hashes", ["good", "two", "all the same"])
+@settings(deadline=None)
+@given(distinct_ids, st.data())
+def test_whatever_is_done_to_it_it_is_a_list_and_a_dict(tmp_path_factory, hashes, ids, data):
+    if not ids:
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        if hashes != "good":
+            patch.setattr(users_module, "hash", lambda text: 7 + len(text) % 2 * (hashes == "two"), raising=False)
+        users = UserRegistry()
+        model: list[str | None] = []
+        for _ in range(data.draw(st.integers(1, 12))):
+            action = data.draw(st.sampled_from(["add", "refuse", "forget", "pickle", "save"]))
+            batch = data.draw(st.lists(st.sampled_from(ids), max_size=8))
+            if action == "add":
+                for user_id in batch:
+                    if user_id not in model:
+                        model.append(user_id)
+                assert users.add(batch) == [model.index(user_id) for user_id in batch]
+            elif action == "refuse":
+                with pytest.raises(UserIdError):
+                    users.add([*batch, *(f"new {number}" for number in range(20)), None])
+            elif action == "forget" and batch:
+                if batch[0] in model:
+                    row = model.index(batch[0])
+                    assert users.forget(batch[0]) == row
+                    model[row] = None
+                else:
+                    with pytest.raises(UnknownUserError):
+                        users.forget(batch[0])
+            elif action == "pickle":
+                users = pickle.loads(pickle.dumps(users))
+            elif action == "save":
+                users = UserRegistry.load(users.save(tmp_path_factory.mktemp("registry")))
+            assert users.ids == model and len(users) == len(model)
+            assert users.find(ids) == [model.index(user_id) if user_id in model else -1 for user_id in ids]
+            assert [user_id in users for user_id in ids] == [user_id in model for user_id in ids]
+
+
+def test_a_refused_batch_that_made_the_table_grow_leaves_it_as_it_was():
+    users = UserRegistry(f"user {number}" for number in range(300))
+    users.forget("user 17")
+    expected = users.ids
+    with pytest.raises(UserIdError):
+        users.add([*(f"new {number}" for number in range(5000)), None])
+    assert users.ids == expected
+    assert users.find(f"new {number}" for number in range(5000)) == [-1] * 5000
+    assert users.find(f"user {number}" for number in range(300)) == [*range(17), -1, *range(18, 300)]
+    assert users.add(["new 4999"]) == [300]
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda users: pickle.loads(pickle.dumps(users))])
+def test_a_copy_goes_its_own_way(copied):
+    users = UserRegistry(["ann", "bob", 7])
+    users.forget("bob")
+    other = copied(users)
+    assert other == users and other.registry_id == users.registry_id
+    assert (other.add(["dan"]), users.add(["eve", "dan"])) == ([3], [3, 4])
+    assert other.forget("ann") == 0 and users.ids == ["ann", None, "7", "eve", "dan"]
+    with pytest.raises(UserIdError, match="came as text and as an integer"):
+        other.add(["7"])
+
+
+def test_offsets_beyond_the_reach_of_their_type_get_a_wider_one():
+    users = UserRegistry(["ann"])
+    users._ends = array("B", users._ends)  # as if 4 GiB were 256 bytes
+    ids = [f"user number {number}" for number in range(40)]
+    users.add(ids)
+    assert users._ends.typecode == "Q" and users.ids == ["ann", *ids] and users.index(ids) == list(range(1, 41))
+
+
+def in_a_fresh_process(code: str, **environment: str) -> str:
+    """What `code` prints; the package's own `__init__`, which imports torch, is left out."""
+    package = str(Path(trl_sharelora.__file__).parent)
+    stub = (
+        f"import sys, types; stub = types.ModuleType('trl_sharelora'); stub.__path__ = [{package!r}]; "
+        "sys.modules['trl_sharelora'] = stub\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", stub + code],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_pickle_is_read_by_a_process_with_other_hashes(tmp_path):
+    users = UserRegistry([f"user {number}" for number in range(100)])
+    (tmp_path / "users.pickle").write_bytes(pickle.dumps(users))
+    code = (
+        "import pickle\n"
+        f"users = pickle.load(open({str(tmp_path / 'users.pickle')!r}, 'rb'))\n"
+        "assert users.index(users.ids) == list(range(100)) and 'torch' not in sys.modules"
+    )
+    for seed in ("1", "2"):
+        in_a_fresh_process(code, PYTHONHASHSEED=seed)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads VmRSS")
+@pytest.mark.parametrize(
+    "build",
+    ["users = UserRegistry(ids)", "for user_id in ids: users.add([user_id])", "users = UserRegistry.load(directory)"],
+)
+def test_a_user_takes_some_thirty_bytes(tmp_path, build):
+    """With Python strings and dicts it was 190. A million users have to fit beside a bank's own tables in 50 MB."""
+    UserRegistry(f"user{number:07d}" for number in range(300_000)).save(tmp_path)
+    code = f"""
+from trl_sharelora.users import UserRegistry
+def resident():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) * 1024
+directory = {str(tmp_path)!r}
+ids = (f"user{{number:07d}}" for number in range(300_000))
+users = UserRegistry(["ann"])
+before = resident()
+{build}
+after = resident()
+assert len(users) >= 300_000
+print((after - before) / len(users))
+"""
+    assert float(in_a_fresh_process(code)) < 40
+
+
+# -- which registry it is
+
+
+def test_the_registry_id_stays_while_users_come_and_go(tmp_path):
+    users = UserRegistry(["ann", "bob"])
+    registry_id = users.registry_id
+    assert len(registry_id) == 64 and int(registry_id, 16)
+    users.add(["cat"])
+    users.forget("ann")
+    assert users.registry_id == registry_id
+    loaded = UserRegistry.load(users.save(tmp_path))
+    loaded.add(["dan"])
+    assert loaded.registry_id == UserRegistry.load(loaded.save(tmp_path)).registry_id == registry_id
+
+
+def test_processes_that_number_the_same_data_agree_on_the_registry_id(tmp_path):
+    ids = [f"user {number}" for number in range(1200)]
+    registry_id = UserRegistry(ids).registry_id
+    assert UserRegistry(ids).registry_id == registry_id
+    assert UserRegistry(ids[:1000]).registry_id == registry_id  # it looks at the first 1000
+    assert UserRegistry(ids[:999]).registry_id != registry_id
+    assert UserRegistry(reversed(ids)).registry_id != registry_id
+    # an older file has none
+    (tmp_path / "users.json").write_text(json.dumps({"version": 1, "users": ids}))
+    assert UserRegistry.load(tmp_path).registry_id == registry_id
+
+
+def test_the_registry_id_is_made_when_it_is_first_needed(tmp_path):
+    users = UserRegistry()
+    assert users.registry_id == UserRegistry.load(users.save(tmp_path)).registry_id == ""
+    users.add(["ann"])
+    users.save(tmp_path)  # needs it
+    users.add(["bob"])
+    assert users.registry_id == UserRegistry(["ann"]).registry_id != UserRegistry(["ann", "bob"]).registry_id
+
+
+def test_the_registry_id_can_be_given_and_is_not_compared(tmp_path):
+    users = UserRegistry(["ann"])
+    users.registry_id = uuid.UUID(int=7).hex
+    assert UserRegistry.load(users.save(tmp_path)).registry_id == uuid.UUID(int=7).hex
+    assert users == UserRegistry(["ann"])
+
+
+def test_a_registry_id_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "users.json").write_text('{"version": 1, "registry_id": 7, "users": ["ann"]}')
+    with pytest.raises(UserIdError, match="torn or edited"):
+        UserRegistry.load(tmp_path)

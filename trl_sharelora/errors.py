@@ -36,6 +36,22 @@ class NonFiniteError(ShareLoraError):
     """A reward or a gradient is NaN or infinite; nothing has been updated."""
 
 
+class BankError(ShareLoraError):
+    """The users' rows on disk are torn, of another adapter or of another version."""
+
+
+class BankBusyError(BankError):
+    """Another process writes into the same folder of users' rows."""
+
+
+class BankFullError(BankError):
+    """The disk is full; nothing has been overwritten and no row is lost."""
+
+
+class CapacityError(ShareLoraError):
+    """More users at once than the working set has slots, or a row beyond the users of the adapter."""
+
+
 class UnsupportedError(ShareLoraError):
     """Something TRL, PEFT or torch can do that is meaningless or untested with personal parameters; refused by name."""
 

@@ -4,6 +4,7 @@ For one user the layer *is* a LoRA: A_u = A_0 + D_u and B. The export bakes the 
 rank for all modules and no patterns, because servers read only those fields.
 """
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from .errors import AdapterMismatchError, ConfigError
 from .sharelora.config import PERSONAL_FACTOR, ShareLoraConfig
 from .sharelora.layer import lora_factors
+from .sharelora.routing import get_router
+from .sharelora.store import BANK_FOLDER, read_row
 
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -74,6 +77,15 @@ def export_user(model_or_dir: PeftModel | str | Path, user_id: str, output_dir: 
             exported[key] = tensor  # head, other modules_to_save, trained tokens: shared by all users
         else:
             modules.setdefault(match[1], {})[match[2]] = tensor
+    if config.bank in ("ram", "mmap"):
+        # his record only, however many users there are
+        if isinstance(model_or_dir, str | os.PathLike):
+            moves = read_row(Path(model_or_dir, BANK_FOLDER), row)
+        else:
+            moves = get_router(model_or_dir).working_sets[model_or_dir.active_adapter].moves(row)
+        for name, move in moves.items():
+            factors = modules.setdefault(f"base_model.model.{name}", {})
+            factors[PERSONAL_FACTOR[config.share]] = move.unsqueeze(0).to(next(iter(factors.values()), move).device)
     for module, factors in modules.items():
         down, up = _user_factors(module, factors, config, row)
         exported[f"{module}.lora_A.weight"] = down
@@ -111,6 +123,8 @@ def _user_factors(
             "from a backup."
         )
     moves = factors[personal]
+    if config.bank in ("ram", "mmap"):
+        return lora_factors(config.share, factors["A"], factors["B"], factors["common"], moves[0])
     if len(moves) != len(config.users):
         raise AdapterMismatchError(
             f"{module}.sharelora_{personal} has {len(moves)} rows for {len(config.users)} users: the adapter's files are of two "

@@ -1,16 +1,22 @@
 """Who is who: `user_id` (text) <-> row of the bank.
 
 The registry is append-only: a user keeps his row for life, so an adapter, its optimiser state and its tables never
-need renumbering. It is stored with the adapter as `users.json`, a list in row order. It needs no torch.
+need renumbering; a user who is to be forgotten leaves his row empty. It is stored with the adapter as `users.json`, a
+list in row order. A million users take some 25 MB: their text and at most 17 bytes each. It needs no torch.
 """
 
+import copy
+import hashlib
 import json
 import math
+import operator
 import os
 import unicodedata
+from array import array
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from .errors import DataError, UnknownUserError, UserIdError, some_rows
 
@@ -18,6 +24,13 @@ from .errors import DataError, UnknownUserError, UserIdError, some_rows
 USERS_FILE = "users.json"
 # An id is a key, not a document: a longer one is almost surely a text column given by mistake.
 MAX_ID_BYTES = 256
+
+# How an id came in the data. Ids read from a file are text there and may have been integers.
+_UNKNOWN, _TEXT, _INTEGER = 0, 1, 2
+# What a forgotten id's bytes begin with. UTF-8 never has it, so no id does.
+_FORGOTTEN = b"\xff"
+# Ids are read in portions, so that a million of them are never there as Python strings all at once.
+_PORTION = 10_000
 
 
 def user_id_as_text(value: Any, where: str = "") -> str:
@@ -71,11 +84,15 @@ def user_id_as_text(value: Any, where: str = "") -> str:
     return str(value)
 
 
-def _as_list(user_ids: Iterable[Any]) -> list[Any]:
+def _several(user_ids: Iterable[Any]) -> Iterable[Any]:
     if isinstance(user_ids, (str, bytes)):
         # its letters would be taken for users
         raise UserIdError(f"One user id came ({user_ids!r}) where several are needed; give a list: [{user_ids!r}].")
-    return list(user_ids)
+    return user_ids
+
+
+def _nfc(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
 
 
 class UserRegistry:
@@ -83,6 +100,9 @@ class UserRegistry:
 
     Ids are compared as they are written. Ids that differ only by Unicode normalisation ("José" typed in two ways)
     are refused, because they are one person far more often than two.
+
+    The row of a user who was forgotten stays taken: it counts in `len`, and `users[row]`, `ids` and iteration give None
+    there. Iteration thus gives one value for each row.
 
     Args:
         user_ids (`Iterable[str | int]`, *optional*):
@@ -102,15 +122,29 @@ class UserRegistry:
     """
 
     def __init__(self, user_ids: Iterable[str | int] = ()):
-        self._ids: list[str] = []
-        self._rows: dict[str, int] = {}
-        self._normalised: dict[str, str] = {}
+        # Row r is the bytes of `_text` from where row r - 1 ends to `_ends[r]`. Plain buffers instead of Python strings and
+        # dicts, which take about 190 bytes a user.
+        self._text = bytearray()
+        self._ends = array("I")
         # From int to text happens once: a registry that has met both 7 and "7" cannot know whether they are one user.
-        self._kinds: dict[str, type] = {}
-        for row, user_id in enumerate(_as_list(user_ids)):
-            text = self._append(user_id, where=f"place {row}")
-            if self._rows[text] != row:
-                raise UserIdError(f"The user id {text!r} occurs twice in the list of users (again at place {row}).")
+        self._kinds = bytearray()
+        # A hash table with open addressing: row + 1, or 0 for a free slot, at the first free slot from the hash of the id's
+        # NFC form on. Ids that differ by normalisation only thus meet in it. Slots are never freed, see `forget`.
+        self._table = array("I", bytes(4 * 8))
+        self._registry_id = ""
+        for user_id in _several(user_ids):
+            self._append_new(user_id)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Python's hashes of text are others in each process. Copies, or a shallow copy of the registry would share its rows.
+        return {name: copy.copy(value) for name, value in self.__dict__.items() if name != "_table"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        size = 8
+        while self._is_full(size):
+            size *= 2
+        self._make_table(size)
 
     @classmethod
     def from_dataset(cls, dataset: Any, column: str = "user_id") -> "UserRegistry":
@@ -132,7 +166,9 @@ class UserRegistry:
             # a datasets.Dataset hands out one column, as Python values, without decoding the others
             if column not in dataset.column_names:
                 raise DataError(f"There is no {where}; the columns are {', '.join(map(repr, dataset.column_names))}.")
-            registry.add(dataset.with_format(None)[column][:], where=where)
+            values_of = dataset.with_format(None)[column]
+            portions = (values_of[start : start + _PORTION] for start in range(0, len(dataset), _PORTION))
+            registry._add((value for portion in portions for value in portion), where)
         else:
             values, missing = [], []
             for number, row in enumerate(dataset):  # keeps the ids only: a stream's texts may not fit into memory
@@ -142,7 +178,7 @@ class UserRegistry:
                     missing.append(number)
             if missing:
                 raise DataError(f"There is no {where} in {some_rows(missing)}.")
-            registry.add(values, where=where)
+            registry._add(values, where)
         return registry
 
     def add(self, user_ids: Iterable[Any], where: str = "") -> list[int]:
@@ -151,30 +187,33 @@ class UserRegistry:
         Raises:
             UserIdError: naming every position with an unusable id. Nothing is added then.
         """
-        user_ids = _as_list(user_ids)
-        before = len(self._ids)
-        kindless = [text for text in map(str, user_ids) if text in self._rows and text not in self._kinds]
+        rows: list[int] = []
+        self._add(list(_several(user_ids)), where, rows)
+        return rows
+
+    def _add(self, user_ids: Iterable[Any], where: str, rows: list[int] | None = None) -> None:
+        before = len(self)
+        of = f" of {where}" if where else ""
         bad: dict[str, list[int]] = {}
-        rows = []
+        told = array("q")
         for position, user_id in enumerate(user_ids):
             try:
-                rows.append(
-                    self._rows[self._append(user_id, where=f"row {position}" + (f" of {where}" if where else ""))]
-                )
+                row = self._append(user_id, f"row {position}{of}", told)
             except UserIdError as error:
                 bad.setdefault(str(error), []).append(position)
+            else:
+                if rows is not None:
+                    rows.append(row)
         if bad:
-            for text in self._ids[before:]:
-                del self._rows[text], self._kinds[text], self._normalised[unicodedata.normalize("NFC", text)]
-            del self._ids[before:]
-            for text in kindless:
-                self._kinds.pop(text, None)
+            self._take_back(before)
+            for row in told:
+                if row < before:
+                    self._kinds[row] = _UNKNOWN
             positions = sorted(position for found in bad.values() for position in found)
             message = next(iter(bad))
             if len(positions) > 1:
                 message += f" In all {len(positions)} ids cannot be used: {some_rows(positions)}."
             raise UserIdError(message)
-        return rows
 
     def index(self, user_ids: Iterable[str | int]) -> list[int]:
         """Rows of users that are all known.
@@ -183,7 +222,7 @@ class UserRegistry:
             UnknownUserError: naming the unknown ids, how many users there are and some of them.
             UserIdError: an id is not usable, or is a known one in another Unicode normalisation.
         """
-        user_ids = _as_list(user_ids)
+        user_ids = list(_several(user_ids))
         rows = self.find(user_ids)
         unknown = sorted({str(user_id) for user_id, row in zip(user_ids, rows, strict=True) if row < 0})
         if unknown:
@@ -196,82 +235,205 @@ class UserRegistry:
         Raises:
             UserIdError: an id is not usable, or is a known one in another Unicode normalisation.
         """
-        rows = []
-        for user_id in _as_list(user_ids):
-            text = user_id_as_text(user_id)
-            row = self._rows.get(text, -1)
-            if row < 0:
-                self._refuse_twin(text, where="")
-            rows.append(row)
-        return rows
+        return [self._find(user_id_as_text(user_id))[0] for user_id in _several(user_ids)]
+
+    def forget(self, user_id: str | int) -> int:
+        """Take a user's id out of the registry, for good.
+
+        His row stays taken and belongs to nobody; the caller clears what the adapter holds there. The id is overwritten in
+        memory, and is gone from the file with the next `save`. If it comes again it gets a new row. A `registry_id` that
+        was made before stays, see there.
+
+        Returns:
+            `int`: the row that was his.
+
+        Raises:
+            UnknownUserError: there is no such user.
+            UserIdError: the id is not usable, or is a known one in another Unicode normalisation.
+        """
+        row = self.index([user_id])[0]
+        # The slot in the table stays too: those that come after it could not be found past a free one.
+        start, end = self._span(row)
+        self._text[start:end] = _FORGOTTEN.ljust(end - start, b"\0")
+        self._kinds[row] = _UNKNOWN
+        return row
+
+    @property
+    def registry_id(self) -> str:
+        """What tells this registry from others, in files that are of no use with another one (`str`, hexadecimal).
+
+        It stays the same while users come and are forgotten, and is saved in `users.json`, so that copies have it too. `==`
+        does not look at it. Together with a number of rows it names a state of the registry, as rows are never renumbered.
+
+        It is made when it is first needed, here or in `save`, from the first 1000 ids there are at that time: processes that
+        number the same data by themselves agree on it. An empty registry has none yet (`""`). Who has all of these ids but
+        a forgotten one can test guesses of that one against it; assign a random one beforehand
+        (`users.registry_id = uuid.uuid4().hex`, the same in all processes) where that matters.
+        """
+        if not self._registry_id and len(self):
+            first = json.dumps(self[:1000]).encode()
+            self._registry_id = hashlib.sha256(first).hexdigest()
+        return self._registry_id
+
+    @registry_id.setter
+    def registry_id(self, registry_id: str) -> None:
+        self._registry_id = registry_id
 
     def unknown_message(self, unknown: list[str]) -> str:
-        known = ", ".join(repr(user_id) for user_id in self._ids[:5]) + (", ..." if len(self._ids) > 5 else "")
+        first = [repr(user_id) for user_id in islice((user_id for user_id in self if user_id is not None), 6)]
+        known = ", ".join(first[:5]) + (", ..." if len(first) > 5 else "")
         some = ", ".join(repr(user_id) for user_id in unknown[:5]) + (", ..." if len(unknown) > 5 else "")
+        users = len(self) - self._text.count(_FORGOTTEN)
         return (
-            f"{len(unknown)} unknown user(s): {some}. This adapter knows {len(self._ids)} users ({known}). Either the id is "
+            f"{len(unknown)} unknown user(s): {some}. This adapter knows {users} users ({known}). Either the id is "
             'misspelt, or the user was not in the training data: score him with the common model (unseen="common"), or add '
             "him to the training data."
         )
 
-    def _append(self, user_id: Any, where: str) -> str:
-        text = user_id_as_text(user_id, where)
-        kind = str if isinstance(user_id, str) else int
-        if text in self._rows:
-            if self._kinds.setdefault(text, kind) is not kind:
-                raise UserIdError(
-                    f"The user id {text!r} came as text and as an integer (again at {where}); they may be one user or two. "
-                    "Give all ids as text."
-                )
-            return text
-        self._refuse_twin(text, where=f" (at {where})")
-        self._rows[text] = len(self._ids)
-        self._kinds[text] = kind
-        self._normalised[unicodedata.normalize("NFC", text)] = text
-        self._ids.append(text)
-        return text
+    # -- the table
 
-    def _refuse_twin(self, text: str, where: str) -> None:
-        twin = self._normalised.get(unicodedata.normalize("NFC", text))
-        if twin is not None:
+    def _slot(self, text: str) -> tuple[int, int, str | None]:
+        """Slot and row of an id or its twin, and which of them is there; the slot where it would go, -1 and None for neither."""
+        form = _nfc(text)
+        table = self._table  # another thread's `add` may put a larger one in its place
+        last = len(table) - 1
+        slot = hash(form) & last
+        while entry := table[slot]:
+            known = self._id(entry - 1)
+            if known == text or (known is not None and _nfc(known) == form):
+                return slot, entry - 1, known
+            slot = (slot + 1) & last
+        return slot, -1, None
+
+    def _find(self, text: str, where: str = "") -> tuple[int, int]:
+        """The row of an id, -1 if it is not known, and its slot."""
+        slot, row, known = self._slot(text)
+        if known is not None and known != text:
+            at = f" (at {where})" if where else ""
             raise UserIdError(
-                f"The user ids {twin!r} and {text!r}{where} differ only by Unicode normalisation ({ascii(twin)}, "
+                f"The user ids {known!r} and {text!r}{at} differ only by Unicode normalisation ({ascii(known)}, "
                 f"{ascii(text)}); they are most likely one user. Normalise the column first "
                 '(unicodedata.normalize("NFC", user_id)).'
             )
+        return row, slot
+
+    def _append(self, user_id: Any, where: str, told: array | None = None) -> int:
+        """The row of an id that may be new; `told` collects the rows of known ones whose kind was unknown."""
+        text = user_id_as_text(user_id, where)
+        kind = _TEXT if isinstance(user_id, str) else _INTEGER
+        row, slot = self._find(text, where)
+        if row < 0:
+            return self._push(text.encode(), kind, slot)
+        if self._kinds[row] == _UNKNOWN:
+            self._kinds[row] = kind
+            if told is not None:
+                told.append(row)
+        elif self._kinds[row] != kind:
+            raise UserIdError(
+                f"The user id {text!r} came as text and as an integer (again at {where}); they may be one user or two. "
+                "Give all ids as text."
+            )
+        return row
+
+    def _append_new(self, user_id: Any) -> None:
+        row = len(self)
+        if self._append(user_id, where=f"place {row}") != row:
+            raise UserIdError(
+                f"The user id {user_id_as_text(user_id)!r} occurs twice in the list of users (again at place {row})."
+            )
+
+    def _push(self, text: bytes, kind: int, slot: int | None) -> int:
+        """Take the next row, found by `slot` if one is given."""
+        row = len(self)
+        self._text += text
+        try:
+            self._ends.append(len(self._text))
+        except OverflowError:  # 4 GiB of text
+            self._ends = array("Q", self._ends)
+            self._ends.append(len(self._text))
+        self._kinds.append(kind)
+        if slot is not None:
+            self._table[slot] = row + 1
+        if self._is_full(len(self._table)):
+            self._make_table(2 * len(self._table))
+        return row
+
+    def _is_full(self, size: int) -> bool:
+        return 3 * len(self) > 2 * size
+
+    def _make_table(self, size: int) -> None:
+        table = array("I", [0]) * size
+        for row, user_id in enumerate(self):
+            if user_id is not None:
+                slot = hash(_nfc(user_id)) & (size - 1)
+                while table[slot]:
+                    slot = (slot + 1) & (size - 1)
+                table[slot] = row + 1
+        self._table = table
+
+    def _take_back(self, rows: int) -> None:
+        """Remove all but the first `rows` rows, none of them forgotten."""
+        # The last first: no other id was put behind its slot since.
+        for row in range(len(self) - 1, rows - 1, -1):
+            self._table[self._slot(self[row])[0]] = 0
+        del self._text[self._ends[rows - 1] if rows else 0 :], self._ends[rows:], self._kinds[rows:]
+
+    # -- the rows
+
+    def _span(self, row: int) -> tuple[int, int]:
+        return (self._ends[row - 1] if row else 0), self._ends[row]
+
+    def _id(self, row: int) -> str | None:
+        start, end = self._span(row)
+        text = self._text[start:end]
+        return None if text.startswith(_FORGOTTEN) else text.decode()
 
     @property
-    def ids(self) -> list[str]:
-        """The user ids in row order (a copy)."""
-        return list(self._ids)
+    def ids(self) -> list[Any]:
+        """The user ids in row order (a copy), None for a forgotten one."""
+        return list(self)
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self._ends)
 
-    def __getitem__(self, row: int) -> str:
-        return self._ids[row]
+    def __getitem__(self, row: Any) -> Any:
+        rows = range(len(self))[row]
+        return [self._id(row) for row in rows] if isinstance(rows, range) else self._id(rows)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._ids)
+    def __iter__(self) -> Iterator[Any]:
+        return map(self._id, range(len(self)))
 
     def __contains__(self, user_id: Any) -> bool:
-        return user_id_as_text(user_id) in self._rows
+        text = user_id_as_text(user_id)
+        return self._slot(text)[2] == text
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, UserRegistry) and self._ids == other._ids
+        if not isinstance(other, UserRegistry) or len(self) != len(other):
+            return False
+        # forgotten ids of one registry may take more bytes than those of the other
+        return (self._ends == other._ends and self._text == other._text) or all(map(operator.eq, self, other))
 
     __hash__ = None  # type: ignore[assignment]  # it grows
 
     def __repr__(self) -> str:
-        return f"UserRegistry({len(self._ids)} users)"
+        return f"UserRegistry({len(self)} users)"
+
+    # -- the file
 
     def save(self, directory: str | os.PathLike) -> Path:
         """Write `users.json` into `directory`, whole or not at all."""
         path = Path(directory) / USERS_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".json.tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump({"version": 1, "users": self._ids}, file, ensure_ascii=False, indent=0)
+        encode = json.JSONEncoder(ensure_ascii=False).encode
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            # JSON with one id a line, so that `load` can take it in portions
+            file.write('{"version": 1, "registry_id": ')
+            json.dump(self.registry_id, file)
+            file.write(', "users": [')
+            for row, user_id in enumerate(self):
+                file.write((",\n" if row else "\n") + encode(user_id))
+            file.write("]}\n")
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -287,9 +449,19 @@ class UserRegistry:
         path = Path(directory)
         if path.is_dir():
             path = path / USERS_FILE
+        registry = cls()
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            user_ids = content["users"]
+            with open(path, encoding="utf-8", newline="\n") as file:
+                registry._registry_id, portions = _read_users(file)
+                for user_ids in portions:
+                    # in a file every id is text; anything else was put there by hand
+                    if not isinstance(user_ids, list) or not all(isinstance(i, str | None) for i in user_ids):
+                        raise UserIdError(f"{path} holds ids that are not text. Write them as JSON strings.")
+                    for user_id in user_ids:
+                        if user_id is None:
+                            registry._push(_FORGOTTEN, _UNKNOWN, slot=None)
+                        else:
+                            registry._append_new(user_id)
         except FileNotFoundError:
             raise UserIdError(
                 f"No {USERS_FILE} in {path.parent}: the adapter's list of users is missing, so its rows belong to nobody. Copy "
@@ -299,9 +471,30 @@ class UserRegistry:
             raise UserIdError(
                 f"{path} is not a list of users ({error!r}): torn or edited. Take it from a backup."
             ) from error
-        # in a file every id is text; anything else was put there by hand
-        if not isinstance(user_ids, list) or not all(isinstance(user_id, str) for user_id in user_ids):
-            raise UserIdError(f"{path} holds ids that are not text. Write them as JSON strings.")
-        registry = cls(user_ids)
-        registry._kinds.clear()  # ids that were integers in the data are text here
+        registry._kinds = bytearray(len(registry))  # ids that were integers in the data are text here
         return registry
+
+
+def _read_users(file: TextIO) -> tuple[str, Iterable[Any]]:
+    """The registry id of a `users.json` and its users in portions: those of `save`, or all at once of any other JSON."""
+    head = file.readline()
+    by_line = head.startswith('{"version": 1, "registry_id": ') and head.endswith(', "users": [\n')
+    content = json.loads(head + ("]}" if by_line else file.read()))
+    users = content["users"]
+    registry_id = content.get("registry_id", "")  # an older file has none
+    if not isinstance(registry_id, str):
+        raise TypeError(f"the registry_id is {registry_id!r}")
+    return registry_id, _portions(file) if by_line else [users]
+
+
+def _portions(lines: TextIO) -> Iterator[Any]:
+    portion = list(islice(lines, _PORTION))
+    while True:
+        following = list(islice(lines, _PORTION))
+        text = "".join(portion)
+        if following:
+            text = text.removesuffix(",\n") + "]}"
+        yield json.loads('{"users": [' + text)["users"]  # the last one has to bring its own end
+        if not following:
+            return
+        portion = following

@@ -9,6 +9,7 @@ from torch import nn
 from trl_sharelora import UserRegistry
 from trl_sharelora.errors import ConfigError, NonFiniteError, RoutingError
 from trl_sharelora.sharelora import ResidentBank, Route, Router, ShareLoraAdamW, get_router
+from trl_sharelora.sharelora.sandwich import gather
 
 from .reference import SHARES, batch, share_model
 
@@ -342,10 +343,11 @@ def test_a_closure_is_called():
 
 
 def test_a_bank_gives_the_rows_of_a_route_and_zero_for_the_unseen():
-    bank = Toy().bank
+    bank, common = Toy().bank, torch.zeros(())
     index = torch.tensor([2, 0, 2])
-    assert torch.equal(bank(Route(index, has_unseen=False)), bank.weight[index])
-    moves = bank(Route(torch.tensor([-1, 3, -1]), has_unseen=True))
+    rows = bank.rows(Route(index, has_unseen=False), common)
+    assert torch.equal(gather(rows, torch.float32), bank.weight[index])
+    moves = gather(bank.rows(Route(torch.tensor([-1, 3, -1]), has_unseen=True), common), torch.float32)
     assert torch.equal(moves[1], bank.weight[3]) and moves[[0, 2]].abs().sum() == 0
     moves.sum().backward()
     assert bank.weight.grad[3].eq(1).all() and bank.weight.grad[:3].abs().sum() == 0

@@ -696,7 +696,7 @@ def test_an_encoder_decoder_model():
     answers = model.generate(**inputs, user_ids=GENERATORS, max_new_tokens=4)
     for row, user in enumerate(GENERATORS):
         one = rows_of(inputs | {"labels": labels}, slice(row, row + 1))
-        torch.testing.assert_close(rewards(model, one, [user])[0], together[row], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(rewards(model, one, [user])[0], together[row], rtol=1e-5, atol=5e-6)
         alone = model.generate(**rows_of(inputs, slice(row, row + 1)), user_ids=[user], max_new_tokens=4)
         assert alone[0].tolist() == answers[row].tolist()
 

@@ -1,6 +1,7 @@
 """Whose row is whose: mixed batches against one plain LoRA model per user, and every way to name the users wrongly."""
 
 import copy
+import functools
 import threading
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
+from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from trl_sharelora import ShareLoraConfig, UserRegistry, use_users
@@ -151,8 +153,30 @@ def test_invariant_1_under_torchs_checkpoint_wrapper(use_reentrant):
     assert_close(unwrapped(gradients(model)), reference_gradients("B", share_model(), plains))
 
 
-def test_torchs_checkpoint_wrapper_without_an_open_route_raises():
-    model, inputs = with_checkpoint_wrapper(share_model(), False), batch()
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_invariant_1_torchs_checkpoint_wrapper_takes_the_route_along(use_reentrant):
+    """Also when the backward runs inside a route of other users, of the same length."""
+    model, inputs = share_model(), batch()
+    _, plains = references(model, inputs, WHO)
+    model = with_checkpoint_wrapper(model, use_reentrant)
+    with use_users(model, WHO):
+        loss = (rewards(model, inputs) * WEIGHTS).sum()
+    with use_users(model, WHO.flip(0)):
+        loss.backward()
+    assert_close(unwrapped(gradients(model)), reference_gradients("B", share_model(), plains))
+
+
+def with_own_checkpointing(model):
+    """A checkpointing that neither transformers nor torch's wrapper knows of."""
+    model.config.use_cache = False
+    for module in model.modules():
+        if isinstance(module, LlamaDecoderLayer):
+            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
+    return model.train()
+
+
+def test_an_unknown_checkpointing_without_an_open_route_raises():
+    model, inputs = with_own_checkpointing(share_model()), batch()
     with use_users(model, WHO):
         loss = rewards(model, inputs).sum()
     with pytest.raises(RoutingError, match="keep `use_users` open around the backward too"):
@@ -161,7 +185,7 @@ def test_torchs_checkpoint_wrapper_without_an_open_route_raises():
 
 def test_a_recomputation_between_two_open_routes_raises():
     """A backward thread cannot tell whose route to take when two other threads hold one."""
-    model, inputs = with_checkpoint_wrapper(share_model(), False), batch()
+    model, inputs = with_own_checkpointing(share_model()), batch()
     entered, leave = threading.Event(), threading.Event()
 
     def hold():

@@ -7,14 +7,13 @@ processes than was asked for.
 
 import argparse
 import difflib
-import importlib.resources
 import os
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedError
 
 
 # Tells the script how many processes `trl-sharelora` asked accelerate for.
@@ -62,6 +61,10 @@ def launch(module: str, parser: Any, argv: list[str]) -> int:
 
     Returns:
         `int`: exit status of the run. What went wrong has been printed by the run itself.
+
+    Raises:
+        ConfigError: the arguments contradict each other, or nobody knows one of them.
+        UnsupportedError: they ask for DeepSpeed.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from accelerate.utils import patch_environment
@@ -79,6 +82,7 @@ def launch(module: str, parser: Any, argv: list[str]) -> int:
         raise ConfigError(
             f"{args.training_script!r} is not the value of any argument; a YAML file is named with --config FILE."
         )
+    refuse_deepspeed_launch(args.use_deepspeed, args.config_file)
     asked = asked_processes(args.num_processes, args.config_file)
     try:
         with patch_environment(**({ASKED_PROCESSES: asked} if asked else {})):
@@ -111,7 +115,7 @@ def accelerate_arguments(args: list[str]) -> list[str]:
 
     Args:
         args (`list[str]`):
-            Arguments for `accelerate launch`. A NAME is one of the configurations that TRL ships (`multi_gpu`, ...).
+            Arguments for `accelerate launch`. A NAME is one of the configurations that this package ships (`multi_gpu`, ...).
 
     Raises:
         ConfigError: there is neither a file nor a shipped configuration of that name.
@@ -123,15 +127,25 @@ def accelerate_arguments(args: list[str]) -> list[str]:
         return rest
     path = Path(known.accelerate_config)
     if not path.is_file():
-        folder = importlib.resources.files("trl").joinpath("accelerate_configs")
-        shipped = {Path(item.name).stem: item for item in folder.iterdir() if item.name.endswith(".yaml")}
+        shipped = shipped_configs()
         if known.accelerate_config not in shipped:
             raise ConfigError(
-                f"--accelerate_config {known.accelerate_config}: there is no such file (looked for in {Path.cwd()}), and TRL ships no "
-                f"configuration of that name; it ships {', '.join(sorted(shipped))}."
+                f"--accelerate_config {known.accelerate_config}: there is no such file (looked for in {Path.cwd()}), and trl_sharelora "
+                f"ships no configuration of that name; it ships {', '.join(sorted(shipped))}."
             )
-        path = Path(str(shipped[known.accelerate_config]))
+        path = shipped[known.accelerate_config]
     return ["--config_file", str(path), *rest]
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The accelerate configurations that come with this package, by name.
+
+    In a wheel they lie inside the package, in a checkout beside it.
+    """
+    package = Path(__file__).parents[1]
+    folders = (package / "accelerate_configs", package.parent / "accelerate_configs")
+    folder = next((folder for folder in folders if (folder / "multi_gpu.yaml").is_file()), folders[0])
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def check_known(args: list[str], *parsers: argparse.ArgumentParser) -> None:
@@ -179,6 +193,31 @@ def flags_from_config(args: list[str], launch_parser: argparse.ArgumentParser) -
 def _options(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     # argparse has no public list of a parser's options; TRL's own parser reads `_actions` too
     return {option: action for action in parser._actions for option in action.option_strings}
+
+
+def refuse_deepspeed_launch(use_deepspeed: bool, config_file: str | None) -> None:
+    """Refuse `accelerate launch` with DeepSpeed before it starts anything, or complains that DeepSpeed is not installed.
+
+    Args:
+        use_deepspeed (`bool`):
+            From the command line or the training script's YAML file.
+        config_file (`str`, *optional*):
+            accelerate's own configuration.
+
+    Raises:
+        UnsupportedError: one of the two asks for DeepSpeed.
+    """
+    from ..trainers.reward_config import deepspeed_message
+
+    if use_deepspeed:
+        raise UnsupportedError(deepspeed_message("--use_deepspeed"))
+    if config_file is None:
+        return
+    from accelerate.commands.config import load_config_from_file
+
+    config = load_config_from_file(config_file)
+    if str(config.distributed_type).endswith("DEEPSPEED"):
+        raise UnsupportedError(deepspeed_message(f"distributed_type: DEEPSPEED in {config_file}"))
 
 
 def asked_processes(num_processes: int | None, config_file: str | None) -> int | None:

@@ -2,11 +2,13 @@
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-from .bank import ResidentBank, ShareLoraAdamW
+from .bank import ResidentBank, SlotBank, WorkingSet
 from .config import ShareLoraConfig, ShareLoraType
 from .layer import Linear, ShareLoraLayer
 from .model import ShareLoraModel
+from .optimizer import ShareLoraAdamW
 from .routing import Route, Router, get_router, use_users
+from .store import Layout, UserStore
 
 
 # `peft.utils.register_peft_method` takes members of peft's own closed enum only; it would write these three entries.
@@ -15,6 +17,7 @@ PEFT_TYPE_TO_TUNER_MAPPING[ShareLoraType.SHARELORA] = ShareLoraModel
 PEFT_TYPE_TO_PREFIX_MAPPING[ShareLoraType.SHARELORA] = ShareLoraModel.prefix
 
 __all__ = [
+    "Layout",
     "Linear",
     "ResidentBank",
     "Route",
@@ -24,6 +27,9 @@ __all__ = [
     "ShareLoraLayer",
     "ShareLoraModel",
     "ShareLoraType",
+    "SlotBank",
+    "UserStore",
+    "WorkingSet",
     "get_router",
     "use_users",
 ]

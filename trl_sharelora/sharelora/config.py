@@ -1,16 +1,19 @@
 """ShareLoraConfig: a PEFT config that also carries the users."""
 
+import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from peft import PeftConfig
 
 from ..errors import ConfigError
 from ..users import USERS_FILE, UserRegistry
+from .store import BANK_FOLDER, DTYPES
 
 
 class ShareLoraType(StrEnum):
@@ -26,6 +29,7 @@ class ShareLoraType(StrEnum):
 # what the users share -> the factor that is each user's own
 PERSONAL_FACTOR = {"B": "A", "A": "B", "AB": "C", "diagonal": "C"}
 SHARE_FORMS = tuple(PERSONAL_FACTOR)
+BANKS = ("auto", "resident", "ram", "mmap")
 
 
 @dataclass
@@ -61,6 +65,21 @@ class ShareLoraConfig(PeftConfig):
             `users.json`.
         num_users (`int`, *optional*):
             Their number; follows from `users`, and is what `adapter_config.json` keeps.
+        bank (`str`, *optional*, defaults to `"auto"`):
+            Where the users' own parameters live. `"resident"`: all users in memory as ordinary Parameters. `"ram"`,
+            `"mmap"`: one record per user in memory or in files, and only the users of the steps at hand beside the base; the cost
+            of a step does not depend on the number of users. `"auto"` takes the first of them that fits (weights, gradients
+            and moments in 2 GiB; records in a quarter of the machine's memory).
+        bank_slots (`int`, *optional*):
+            Users at a time beside the base, for `"ram"` and `"mmap"`. By default as many as a step needs.
+        bank_dtype (`str`, *optional*, defaults to `"float32"`):
+            Of weights and first moments in the records: `"float32"`, or `"bfloat16"`, a third less space (docs/performance.md
+            has what it costs). A step is always computed in float32.
+        bank_second_moment (`str`, *optional*, defaults to `"full"`):
+            `"full"`: Adam's second moment per weight. `"row"`: one per row of rank, almost a third less space.
+        bank_dir (`str`, *optional*):
+            Folder for the open file of `"mmap"` while training; removed at the end. The trainers take `output_dir`, elsewhere it is
+            a temporary folder.
         use_rslora (`bool`, *optional*, defaults to `False`):
             Scale by `lora_alpha / sqrt(r)` (https://huggingface.co/papers/2312.03732).
         init_lora_weights (`bool`, *optional*, defaults to `True`):
@@ -106,6 +125,23 @@ class ShareLoraConfig(PeftConfig):
     )
     users: Any = field(default=None, metadata={"help": "The users in row order; the trainers fill it in."})
     num_users: int | None = field(default=None, metadata={"help": "Number of users; follows from `users`."})
+    bank: Literal["auto", "resident", "ram", "mmap"] = field(
+        default="auto",
+        metadata={
+            "help": "Where the users' own parameters live: 'resident' (Parameters), 'ram', 'mmap' (records; a step costs the same for a "
+            "million users), 'auto' the first that fits."
+        },
+    )
+    bank_slots: int | None = field(
+        default=None, metadata={"help": "Users at a time beside the base; by default as many as a step needs."}
+    )
+    bank_dtype: Literal["float32", "bfloat16"] = field(
+        default="float32", metadata={"help": "Of weights and first moments in the records. float32 loses nothing."}
+    )
+    bank_second_moment: Literal["full", "row"] = field(
+        default="full", metadata={"help": "Adam's second moment per weight ('full') or per row of rank ('row')."}
+    )
+    bank_dir: str | None = field(default=None, metadata={"help": "Folder for the open file of bank='mmap'."})
     use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r)."})
     init_lora_weights: bool = field(
         default=True, metadata={"help": "Start as LoRA does (B zero). False draws B at random, for tests."}
@@ -124,6 +160,9 @@ class ShareLoraConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = ShareLoraType.SHARELORA
+        # of a model, not of the configuration: what saves its bank, and the folder of the bank that it shall load
+        self.save_bank: Callable[[str], None] | None = None
+        self.bank_source: str | None = None
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
@@ -140,6 +179,26 @@ class ShareLoraConfig(PeftConfig):
             )
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout={self.lora_dropout!r}; a probability in [0, 1) is needed.")
+        for name, known in (
+            ("bank", BANKS),
+            ("bank_dtype", tuple(DTYPES)),
+            ("bank_second_moment", ("full", "row")),
+        ):
+            if getattr(self, name) not in known:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} is unknown; one of {', '.join(map(repr, known))} is needed."
+                )
+        if self.bank_slots is not None and (isinstance(self.bank_slots, bool) or not self.bank_slots >= 1):
+            raise ConfigError(f"bank_slots={self.bank_slots!r}; a whole number of at least 1 is needed, or None.")
+        if self.bank == "resident" and (self.bank_dtype, self.bank_second_moment, self.bank_slots) != (
+            "float32",
+            "full",
+            None,
+        ):
+            raise ConfigError(
+                "bank_dtype, bank_second_moment and bank_slots are for bank='ram' and 'mmap'; a resident bank is float32 Parameters. Leave "
+                "them out, or choose a store."
+            )
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ConfigError("layers_pattern is set without layers_to_transform; give the layers, or leave both out.")
         self.set_users(self.users)
@@ -150,6 +209,13 @@ class ShareLoraConfig(PeftConfig):
             self.users = users if isinstance(users, UserRegistry) else UserRegistry(users)
             self.num_users = len(self.users)
 
+    def __deepcopy__(self, memo: dict) -> "ShareLoraConfig":
+        copied = copy.copy(self)
+        copied.save_bank = None  # it would save the other model's bank
+        for item in fields(self):
+            setattr(copied, item.name, copy.deepcopy(getattr(self, item.name), memo))
+        return copied
+
     @property
     def scaling(self) -> float:
         """The factor s of `s * B (A_u x)`."""
@@ -157,16 +223,21 @@ class ShareLoraConfig(PeftConfig):
 
     def to_dict(self) -> dict:
         """The fields as JSON-able values, without the users: they may be a million and have a file of their own."""
-        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "users"}
+        values = {
+            item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("users", "bank_dir")
+        }
         if self.users is not None:
             values["num_users"] = len(self.users)
         return values
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        """Write `adapter_config.json` and, beside it, `users.json`."""
+        """Write `adapter_config.json` and, beside it, `users.json` and the records of a bank in a store."""
         super().save_pretrained(save_directory, **kwargs)
         if self.users is not None:
             self.users.save(save_directory)
+            # PEFT gives this method, and no other of ours, the directory an adapter is saved into
+            if self.save_bank is not None:
+                self.save_bank(save_directory)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
@@ -182,10 +253,16 @@ class ShareLoraConfig(PeftConfig):
                 f"The adapter in {pretrained_model_name_or_path} has a {type(config).__name__}; one with a {cls.__name__} is needed."
             )
         directory = Path(pretrained_model_name_or_path, subfolder or "")
+        in_store = config.bank in ("ram", "mmap")
         if directory.is_dir():
             users = UserRegistry.load(directory)
+            config.bank_source = str(directory) if in_store else None
         else:
             hub_kwargs, *_ = cls._split_kwargs(kwargs)
+            if in_store:
+                files = f"{subfolder}/{BANK_FOLDER}/*" if subfolder else f"{BANK_FOLDER}/*"
+                snapshot = snapshot_download(pretrained_model_name_or_path, allow_patterns=files, **hub_kwargs)
+                config.bank_source = str(Path(snapshot, subfolder or ""))
             users = UserRegistry.load(
                 hf_hub_download(pretrained_model_name_or_path, USERS_FILE, subfolder=subfolder, **hub_kwargs)
             )

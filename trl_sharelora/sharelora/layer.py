@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,9 +14,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import RoutingError, UnsupportedError
-from .bank import ResidentBank
+from .bank import ResidentBank, SlotBank
 from .config import PERSONAL_FACTOR, ShareLoraConfig
 from .routing import Route, Router
+from .sandwich import ExpandOwn, ExpandShared, Gather, ShrinkOwn, ShrinkShared, gather
+
+
+# Linear modules whose forward and backward make new tensors. By name, because bitsandbytes need not be installed.
+_PLAIN = ("Linear", "Conv1D", "Linear8bitLt", "Linear4bit")
 
 
 class AdapterDropout(nn.Module):
@@ -86,24 +92,28 @@ class ShareLoraLayer(BaseTunerLayer):
             nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))  # uniform within 1 / sqrt(in)
             nn.init.zeros_(B.weight)
 
+        def bank(*shape: int) -> nn.Module:
+            # a bank in a store is connected by the model, which knows all its modules
+            return SlotBank(shape) if config.bank in ("ram", "mmap") else ResidentBank(users, shape)
+
         common: nn.Module
         if config.share == "B":
-            self.sharelora_A[adapter_name] = ResidentBank(users, (r, self.in_features))
+            self.sharelora_A[adapter_name] = bank(r, self.in_features)
             self.sharelora_B[adapter_name] = B
             common = A
         elif config.share == "A":
             self.sharelora_A[adapter_name] = A
-            self.sharelora_B[adapter_name] = ResidentBank(users, (self.out_features, r))
+            self.sharelora_B[adapter_name] = bank(self.out_features, r)
             common = B
         else:
             self.sharelora_A[adapter_name] = A
             self.sharelora_B[adapter_name] = B
             if config.share == "AB":
-                self.sharelora_C[adapter_name] = ResidentBank(users, (r, r))
+                self.sharelora_C[adapter_name] = bank(r, r)
                 common = nn.Linear(r, r, bias=False)
                 nn.init.eye_(common.weight)  # C_0 = I: the common model is plain LoRA
             else:
-                self.sharelora_C[adapter_name] = ResidentBank(users, (r,))
+                self.sharelora_C[adapter_name] = bank(r)
                 common = Scale(r)
         self.sharelora_common[adapter_name] = common
         self.sharelora_dropout[adapter_name] = AdapterDropout(config.lora_dropout)
@@ -117,7 +127,7 @@ class ShareLoraLayer(BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def bank(self, adapter_name: str) -> ResidentBank:
+    def bank(self, adapter_name: str) -> ResidentBank | SlotBank:
         """The users' own part of an adapter."""
         return getattr(self, f"sharelora_{PERSONAL_FACTOR[self.share[adapter_name]]}")[adapter_name]
 
@@ -181,39 +191,92 @@ class Linear(nn.Module, ShareLoraLayer):
         if self.merged:
             self._check_merged_user(route)
             return self.base_layer(x, *args, **kwargs)
-        y = self.base_layer(x, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            y = self.base_layer(x, *args, **kwargs)
+            for adapter_name in active:
+                y = self.reference(adapter_name, x, y, route)
+            return y
+        expansions = []
         for adapter_name in active:
-            y = self._add_adapter(adapter_name, x, y, route)
+            x, expand = self._shrink(adapter_name, x, route)
+            expansions.append(expand)
+        y = self.base_layer(x, *args, **kwargs)
+        for expand in expansions:
+            y = expand(y)
         return y
 
-    def _add_adapter(self, adapter_name: str, x: torch.Tensor, y: torch.Tensor, route: Route) -> torch.Tensor:
-        """`y + s * B (A_u x)`, for `x` `(batch, ..., in)` and the base's output `y` `(batch, ..., out)`."""
-        share, scaling = self.share[adapter_name], self.scaling[adapter_name]
+    def _shrink(
+        self, adapter_name: str, x: torch.Tensor, route: Route
+    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+        """First half of the sandwich: x for the base to use, and what adds the adapter to the base's output."""
+        share, scaling, dtype = self.share[adapter_name], self.scaling[adapter_name], _compute_dtype(x)
         A, B = self.sharelora_A[adapter_name], self.sharelora_B[adapter_name]
-        bank, common = self.bank(adapter_name), self.sharelora_common[adapter_name].weight
-        # The factors are cast to x's type, never x to theirs: under autocast x is the larger by far.
-        own = (common + bank(route)).to(x.dtype)  # (batch, *move)
-        batch = x.shape[0]
-        rows = self.sharelora_dropout[adapter_name](x).reshape(batch, -1, x.shape[-1])  # (batch, seq, in)
+        rows = self.bank(adapter_name).rows(route, self.sharelora_common[adapter_name].weight)
+        plain = self._base_is_plain()
+        dropped = self.sharelora_dropout[adapter_name](x)
 
+        # The paper's sentence: one B for everybody, one A for each user. (3.3), Algorithm 2.
         if share == "B":
-            # The paper's sentence: one B for everybody, one A for each user. (3.3), Algorithm 2.
-            h = torch.bmm(rows, own.mT)  # (batch, seq, r)
+            through, h = ShrinkOwn.apply(dropped, *rows, scaling, dtype, plain)
         else:
-            h = F.linear(rows, A.weight.to(x.dtype))  # (batch, seq, r)
-            if share == "AB":
-                h = torch.bmm(h, own.mT)
-            elif share == "diagonal":
-                h = h * own.unsqueeze(1)
-        h = h * scaling  # the small tensor of the two
-        if share == "A":
-            update = torch.bmm(h, own.mT).reshape(y.shape)  # (batch, seq, out)
-            return y + update.to(y.dtype)
-        h, weight = h.reshape(-1, h.shape[-1]), B.weight.to(x.dtype)
-        if y.dtype == h.dtype == weight.dtype:
-            # adds in the product's own pass over y
-            return torch.addmm(y.reshape(-1, y.shape[-1]), h, weight.mT).reshape(y.shape)
-        return y + F.linear(h, weight).reshape(y.shape).to(y.dtype)
+            through, h = ShrinkShared.apply(dropped, A.weight, scaling, dtype, plain)
+        if share == "AB":
+            h = torch.bmm(h, Gather.apply(*rows, dtype).mT)
+        elif share == "diagonal":
+            h = h * Gather.apply(*rows, dtype).unsqueeze(1)
+
+        def expand(y: torch.Tensor) -> torch.Tensor:
+            fresh = self._fresh(y, plain and y.dtype == dtype)
+            if share != "A":
+                if fresh is None:
+                    return y + F.linear(h, B.weight.to(dtype)).reshape(y.shape).to(y.dtype)
+                return ExpandShared.apply(fresh, h, B.weight).reshape(y.shape)
+            if fresh is None:
+                return y + torch.bmm(h, Gather.apply(*rows, dtype).mT).reshape(y.shape).to(y.dtype)
+            return ExpandOwn.apply(fresh, h, *rows).reshape(y.shape)
+
+        return (through if dropped is x else x), expand
+
+    def _base_is_plain(self) -> bool:
+        """Whether the base's output and its dx are fresh tensors that nobody else holds."""
+        base = self.base_layer
+        return type(base).__name__ in _PLAIN and not (
+            base._forward_hooks or base._backward_hooks or base._backward_pre_hooks
+        )
+
+    def _fresh(self, y: torch.Tensor, plain: bool) -> torch.Tensor | None:
+        """y, or the tensor it is the whole view of, if it can be written into; None if not."""
+        if not plain or (y.is_leaf and y.requires_grad):
+            return None
+        if not y._is_view():
+            return y if y.is_contiguous() else None
+        # a linear module with a bias gives a view of its product of tokens
+        whole = y._base
+        sound = (
+            type(self.base_layer) in (nn.Linear, Conv1D)
+            and whole is not None
+            and whole.numel() == y.numel()
+            and whole.is_contiguous()
+            and y.is_contiguous()
+            and not whole.is_leaf
+        )
+        return whole if sound else None
+
+    def reference(self, adapter_name: str, x: torch.Tensor, y: torch.Tensor, route: Route) -> torch.Tensor:
+        """`y + s * B (A_u x)` in plain operations, for `x` `(batch, ..., in)` and the base's output `y` `(batch, ..., out)`."""
+        share, scaling, dtype = self.share[adapter_name], self.scaling[adapter_name], _compute_dtype(x)
+        A, B = self.sharelora_A[adapter_name], self.sharelora_B[adapter_name]
+        rows = self.bank(adapter_name).rows(route, self.sharelora_common[adapter_name].weight)
+        # The factors are cast to x's type, never x to theirs: under autocast x is the larger by far.
+        own = gather(rows, dtype)  # (batch, *move)
+        h = self.sharelora_dropout[adapter_name](x).reshape(x.shape[0], -1, x.shape[-1]).to(dtype)  # (batch, seq, in)
+        h = (torch.bmm(h, own.mT) if share == "B" else F.linear(h, A.weight.to(dtype))) * scaling  # (batch, seq, r)
+        if share == "AB":
+            h = torch.bmm(h, own.mT)
+        elif share == "diagonal":
+            h = h * own.unsqueeze(1)
+        update = torch.bmm(h, own.mT) if share == "A" else F.linear(h, B.weight.to(dtype))
+        return y + update.reshape(y.shape).to(y.dtype)
 
     def _route_of(self, x: torch.Tensor) -> Route:
         route = self.router.current()
@@ -245,13 +308,11 @@ class Linear(nn.Module, ShareLoraLayer):
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str, user_index: int) -> torch.Tensor:
         """`s * B A_u` of one user, as the base stores its weight: `(out, in)`, or `(in, out)` for `Conv1D`."""
-        down, up = lora_factors(
-            self.share[adapter_name],
-            self.sharelora_A[adapter_name].weight,
-            self.sharelora_B[adapter_name].weight,
-            self.sharelora_common[adapter_name].weight,
-            self.bank(adapter_name).weight[user_index],
-        )
+        share, common = self.share[adapter_name], self.sharelora_common[adapter_name].weight
+        # the personal one of the two is not read
+        A = common if share == "B" else self.sharelora_A[adapter_name].weight
+        B = common if share == "A" else self.sharelora_B[adapter_name].weight
+        down, up = lora_factors(share, A, B, common, self.bank(adapter_name).move(user_index))
         return transpose(self.scaling[adapter_name] * (up @ down), self.fan_in_fan_out)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -304,6 +365,13 @@ class Linear(nn.Module, ShareLoraLayer):
 
     def __repr__(self) -> str:
         return "sharelora." + super().__repr__()
+
+
+def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The type an adapter is computed in: autocast's, or that of its input."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
 
 
 def lora_factors(

@@ -1,19 +1,29 @@
-"""ShareLoraModel: injects the layers, loads with checks, generates with beams, merges one user."""
+"""ShareLoraModel: injects the layers, connects the bank, loads with checks, generates with beams, merges one user."""
 
-from typing import Any
+import functools
+import os
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, _get_in_out_features
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from ..errors import AdapterMismatchError, ConfigError, RoutingError, UnknownUserError
+from .bank import SlotBank, WorkingSet
 from .config import PERSONAL_FACTOR, ShareLoraConfig
 from .layer import Linear, ShareLoraLayer
 from .routing import Route, Router
+from .store import Layout, UserStore
+
+
+# bank="auto": weights, gradients and two moments of all users as Parameters up to here, 16 bytes per weight; then records in
+# memory up to this share of it. Above the first, a step's dense gradient and DDP's average of it begin to be felt.
+RESIDENT_BYTES = 2 << 30
+RAM_SHARE = 0.25
 
 
 class Float32Linear(nn.Linear):
@@ -62,12 +72,89 @@ class ShareLoraModel(BaseTuner):
             model.register_forward_hook(self.router.after_forward, always_call=True),
         ]
 
+    def _prepare_model(self, peft_config: ShareLoraConfig, model: nn.Module) -> None:
+        super()._prepare_model(peft_config, model)
+        if peft_config.bank == "auto":
+            peft_config.bank = self._bank_that_fits(peft_config, model)
+
+    def _bank_that_fits(self, config: ShareLoraConfig, model: nn.Module) -> Literal["resident", "ram", "mmap"]:
+        numel = 0
+        for name, module in model.named_modules():
+            if isinstance(module, ShareLoraLayer):
+                continue
+            if self._check_target_module_exists(config, name) and hasattr(module, "weight"):
+                in_features, out_features = _get_in_out_features(module)
+                if in_features and out_features:
+                    sizes = {"B": in_features, "A": out_features, "AB": config.r, "diagonal": 1}
+                    numel += config.r * sizes[config.share]
+        if 16 * numel * len(config.users) <= RESIDENT_BYTES:
+            return "resident"
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return "ram" if 12 * numel * len(config.users) <= RAM_SHARE * memory else "mmap"
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if self.peft_config[adapter_name].bank in ("ram", "mmap"):
+            self._connect_bank(model, adapter_name)
         if str(self.peft_config[adapter_name].task_type).endswith("SEQ_CLS"):
             for module in model.modules():
                 if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
                     _keep_in_float32(module.modules_to_save[adapter_name])
+
+    def _connect_bank(self, model: nn.Module, adapter_name: str) -> None:
+        """Give all modules of an adapter one working set, over a new store or the one that was saved."""
+        config = self.peft_config[adapter_name]
+        banks: dict[str, SlotBank] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, ShareLoraLayer) and adapter_name in module.share:
+                bank = module.bank(adapter_name)
+                assert isinstance(bank, SlotBank)
+                bank.number, banks[name] = len(banks), bank
+        layout = Layout(
+            tuple((name, bank.shape) for name, bank in banks.items()),
+            config.bank_dtype,
+            config.bank_second_moment,
+            rank_axis=1 if config.share == "A" else 0,
+        )
+        store = UserStore(layout, config.bank, config.users.registry_id, config.bank_dir)
+        working_set = WorkingSet(adapter_name, layout, store, config.bank_slots)
+        if config.bank_source is not None:
+            working_set.load(config.bank_source, len(config.users))
+        for bank in banks.values():
+            bank.working_set = working_set
+        self.router.working_sets[adapter_name] = working_set
+        config.save_bank = functools.partial(self.save_bank, adapter_name)
+
+    def save_bank(self, adapter_name: str, directory: str) -> None:
+        """Save the records of an adapter whose bank is in a store into `directory/bank`."""
+        self.router.working_sets[adapter_name].save(directory, len(self.router.users))
+
+    def load_bank(self, adapter_name: str, directory: str) -> None:
+        """Take the records saved in `directory/bank` in place of those here."""
+        working_set = self.router.working_sets[adapter_name]
+        working_set.store.registry_id = self.router.users.registry_id
+        working_set.load(directory, len(self.router.users))
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        working_set = self.router.working_sets.pop(adapter_name, None)
+        if working_set is not None:
+            working_set.store.close()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "ShareLoraModel":
+        """The working set's tensors are no Parameters; they go where the shared factors go."""
+        super()._apply(*args, **kwargs)
+        self._place_working_sets()
+        return self
+
+    def _place_working_sets(self) -> None:
+        for module in self.model.modules():
+            if isinstance(module, ShareLoraLayer):
+                for adapter_name in module.share:
+                    bank = module.bank(adapter_name)
+                    device = next(module.sharelora_common[adapter_name].parameters()).device
+                    if isinstance(bank, SlotBank) and bank.working_set is not None and device.type != "meta":
+                        bank.working_set.to(device)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)

@@ -7,23 +7,29 @@ with the forward (gradient checkpointing recomputes later).
 
 - A route is open for a *thread*: two threads may use one model for different users at the same time.
 - A checkpointed block takes the route of its forward along and computes its recomputation with it, on whatever thread.
-- A recomputation that was not taken along (torch's CheckpointWrapper under FSDP) finds the one route that is open around
-  the backward, or an error.
+- A recomputation that was not taken along (a checkpointing of one's own) finds the one route that is open around the
+  backward, or an error.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 
 from ..errors import ConfigError, RoutingError, UnknownUserError
 from ..users import UserRegistry
 
 
+if TYPE_CHECKING:
+    from .bank import Lease, WorkingSet
+
 UNSEEN = ("raise", "common")
+_NO_LEASES: Mapping[str, Any] = MappingProxyType({})
 
 
 class Route(NamedTuple):
@@ -33,6 +39,8 @@ class Route(NamedTuple):
     user_index: torch.Tensor
     # known here so that no layer needs to look at the tensor (a GPU would have to wait)
     has_unseen: bool
+    # per adapter with a bank in a store: the slots of its working set that hold these users; there while the route is open
+    leases: "Mapping[str, Lease]" = _NO_LEASES
 
 
 class Router:
@@ -54,6 +62,11 @@ class Router:
         self._visited: dict[tuple[torch.device, int], torch.Tensor] = {}
         self._entered: dict[int, list[Any]] = {}
         self._checkpointing: list[nn.Module] | None = None
+        self._numbers = 0, False
+        # per adapter whose bank is in a store
+        self.working_sets: dict[str, WorkingSet] = {}
+        # with user_sharding="owner" each process steps its own users only
+        self.visits_are_local = False
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy (deepcopy, pickle) made inside `use_users` would keep that route open for ever.
@@ -89,7 +102,7 @@ class Router:
             if all(isinstance(user_id, str) for user_id in user_ids):
                 rows = self.users.index(user_ids) if unseen == "raise" else self.users.find(user_ids)
             elif all(isinstance(user_id, int) and not isinstance(user_id, bool) for user_id in user_ids):
-                if any(user_id.lstrip("-").isdecimal() for user_id in self.users):
+                if self._has_numbers():
                     raise RoutingError(
                         f"The whole numbers {user_ids[:5]} may be user ids or rows of the bank: some ids of this adapter are "
                         "numbers too. Give the ids as text, or the rows as a tensor."
@@ -115,16 +128,32 @@ class Router:
             return Route(index, has_unseen=True)
         return Route(index, bool(low < 0))
 
+    def _has_numbers(self) -> bool:
+        """Whether some ids look like row numbers; each id is looked at once."""
+        looked_at, found = self._numbers
+        if not found and looked_at < len(self.users):
+            ids = (self.users[row] for row in range(looked_at, len(self.users)))
+            found = any(user_id is not None and user_id.lstrip("-").isdecimal() for user_id in ids)
+            self._numbers = len(self.users), found
+        return found
+
     @contextmanager
     def use(self, route: Route) -> Iterator[Route]:
-        """Open a route for this thread; routes nest."""
+        """Open a route for this thread; routes nest. Its users are in the working sets while it is open."""
         thread = threading.get_ident()
         before = self._routes.get(thread)
-        self._open(thread, route)
-        try:
-            yield route
-        finally:
-            self._open(thread, before)
+        with ExitStack() as stack:
+            if self.working_sets and not route.leases:
+                leases = {}
+                for name, working_set in self.working_sets.items():
+                    leases[name] = working_set.acquire(route.user_index)
+                    stack.callback(working_set.release, leases[name])
+                route = route._replace(leases=leases)
+            self._open(thread, route)
+            try:
+                yield route
+            finally:
+                self._open(thread, before)
 
     def _open(self, thread: int, route: Route | None) -> None:
         if route is None:
@@ -160,6 +189,11 @@ class Router:
             user_index (`torch.Tensor` of shape `(batch,)`):
                 Rows of the bank; -1 is nobody.
         """
+        for working_set in self.working_sets.values():
+            working_set.hold(user_index.unique().tolist())
+        self._mark(user_index)
+
+    def _mark(self, user_index: torch.Tensor) -> None:
         key = (user_index.device, len(self.users))
         visited = self._visited.get(key)
         if visited is None:  # setdefault: another thread may have been faster
@@ -169,7 +203,7 @@ class Router:
     def take_visited(self) -> list[int]:
         """Rows of the users with data since the last call, on any rank, in order; forgets them."""
         noted, self._visited = list(self._visited.values()), {}
-        spread = torch.distributed.is_available() and torch.distributed.is_initialized()
+        spread = torch.distributed.is_available() and torch.distributed.is_initialized() and not self.visits_are_local
         if not noted and not spread:
             return []
         device = _collective_device() if spread else noted[0].device
@@ -185,6 +219,8 @@ class Router:
     def forget_visited(self) -> None:
         """Drop the notes, as after a step that the gradient scaler skipped."""
         self._visited = {}
+        for working_set in self.working_sets.values():
+            working_set.let_go()
 
     # -- around the base model's forward --------------------------------------------------------------------------------
 
@@ -206,7 +242,9 @@ class Router:
         self._take_route_into_checkpoints(module)
         route = self.current()
         if route is not None and module.training and torch.is_grad_enabled():
-            self.mark_visited(route.user_index)
+            self._mark(route.user_index)
+            for lease in route.leases.values():
+                lease.working_set.hold_lease(lease)
         return args, kwargs
 
     @torch.compiler.disable
@@ -223,13 +261,18 @@ class Router:
         # `_gradient_checkpointing_func` is what transformers sets on each block when checkpointing is switched on, and the
         # one thing of it that stayed the same from 4.56 to 5.23. It may be switched on at any time, so look each forward.
         if self._checkpointing is None:
-            self._checkpointing = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+            self._checkpointing = [
+                module
+                for module in model.modules()
+                if hasattr(module, "gradient_checkpointing") or isinstance(module, CheckpointWrapper)
+            ]
         for module in self._checkpointing:
-            function = getattr(module, "_gradient_checkpointing_func", None)
+            name = "checkpoint_fn" if isinstance(module, CheckpointWrapper) else "_gradient_checkpointing_func"
+            function = getattr(module, name, None)
             # one of another router is of an adapter that was unloaded from this base
             ours = isinstance(function, _CheckpointWithRoute) and function.router is self
             if function is not None and not ours:
-                module._gradient_checkpointing_func = _CheckpointWithRoute(function, self)
+                setattr(module, name, _CheckpointWithRoute(function, self))
 
 
 class _CheckpointWithRoute:

@@ -10,7 +10,7 @@ from trl import RewardTrainer
 from ..errors import ConfigError, DataError
 from ..sharelora.config import ShareLoraConfig
 from ..users import UserRegistry
-from .reward_config import ShareLoraRewardConfig
+from .reward_config import ShareLoraRewardConfig, refuse_data_parallel
 from .user_batches import UserBatchesMixin
 
 
@@ -86,6 +86,7 @@ class ShareLoraRewardTrainer(UserBatchesMixin, RewardTrainer):
             raise ConfigError(
                 f"args is a {type(args).__name__}; a ShareLoraRewardConfig is needed (same fields, and the users')."
             )
+        refuse_data_parallel(args)
         if train_dataset is None:
             raise DataError("`train_dataset` is required: preference rows with a column that names the user.")
         self._check_adapter(model, peft_config)
@@ -133,8 +134,8 @@ class ShareLoraRewardTrainer(UserBatchesMixin, RewardTrainer):
             )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        user_index = inputs.pop("user_index")
+        user_index, weights = inputs.pop("user_index"), inputs.pop("weights", None)
         with self.router.use(self._tiled_route(user_index)):
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        self._record_scores(user_index, outputs.logits.squeeze(-1))
+            loss, outputs = super().compute_loss(self._weighed(model, weights), inputs, True, num_items_in_batch)
+        self._record_scores(user_index, outputs.logits.squeeze(-1), weights)
         return (loss, outputs) if return_outputs else loss

@@ -1,16 +1,76 @@
 """ShareLoraRewardConfig: TRL's RewardConfig and what concerns the users."""
 
 import math
+import os
 from dataclasses import dataclass, field
+from typing import Any
 
+from transformers.training_args import ParallelMode
 from trl import RewardConfig
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedError
 from ..sharelora.routing import UNSEEN
+from .sharding import USER_SHARDING
 
 
 # The optimisers whose step ShareLoraAdamW is; another one would treat the bank as one big parameter.
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
+
+
+def deepspeed_message(came: str) -> str:
+    """Why DeepSpeed is refused, and what to do.
+
+    Args:
+        came (`str`):
+            What asks for it.
+    """
+    return (
+        f"DeepSpeed was asked for ({came}) and is not supported, at any ZeRO stage: its engine clips and steps by itself, so it "
+        "would shard the users' rows and their optimiser and move users who had no data. Use DDP: accelerate launch "
+        "--config_file accelerate_configs/multi_gpu.yaml, or trl-sharelora reward --accelerate_config multi_gpu. If the base does "
+        "not fit on one GPU, quantise it (load_in_4bit or load_in_8bit)."
+    )
+
+
+def refuse_deepspeed(deepspeed: Any = None) -> None:
+    """Refuse a run with DeepSpeed, installed or not.
+
+    Args:
+        deepspeed (`str` or `dict`, *optional*):
+            `TrainingArguments.deepspeed`.
+
+    Raises:
+        UnsupportedError: it is given, or `accelerate launch` was started with DeepSpeed.
+    """
+    if deepspeed:
+        what = repr(deepspeed) if isinstance(deepspeed, str) else f"a {type(deepspeed).__name__}"
+        raise UnsupportedError(deepspeed_message(f"deepspeed={what}"))
+    # what `accelerate launch` sets, as transformers reads it
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true", "yes", "y", "t", "on"):
+        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+        file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+        detail = f", ZeRO stage {stage}" if stage else ""
+        detail += f", {file}" if file not in (None, "None") else ""
+        raise UnsupportedError(deepspeed_message(f"ACCELERATE_USE_DEEPSPEED in the environment{detail}"))
+
+
+def refuse_data_parallel(args: Any) -> None:
+    """Refuse `nn.DataParallel`, which the Trainer uses when several GPUs are visible and nothing has started processes.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            Of the trainer.
+
+    Raises:
+        UnsupportedError: the model would be wrapped in `nn.DataParallel`.
+    """
+    if args.n_gpu > 1 and args.parallel_mode == ParallelMode.NOT_DISTRIBUTED:
+        raise UnsupportedError(
+            f"{args.n_gpu} GPUs are visible to one process, which would train with nn.DataParallel: it splits each batch among "
+            "threads that share one route, so rows would be given to wrong users. Start one process per GPU (accelerate launch "
+            "--config_file accelerate_configs/multi_gpu.yaml, or trl-sharelora reward --accelerate_config multi_gpu), or show "
+            "one GPU only (CUDA_VISIBLE_DEVICES=0)."
+        )
 
 
 @dataclass
@@ -37,6 +97,12 @@ class ShareLoraRewardConfig(RewardConfig):
         user_weight_decay (`float`, *optional*, defaults to `0.0`):
             Decoupled weight decay of the users' own moves D_u, applied when a user is visited. It shrinks a user towards the
             common model. Off by default, as in the authors' code; `weight_decay` is that of the shared part.
+
+        user_sharding (`str`, *optional*, defaults to `"union"`):
+            With several processes. `"union"`: any sampler; every process keeps the users of all processes' batches and their
+            gradients are averaged. `"owner"`: each user belongs to one process, which gets all of his comparisons, balanced by
+            their number; nothing of a user's own part travels. Needs a bank in a store. By default `"union"`, because it trains on
+            the same batches as one process.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.RewardConfig`]:
@@ -69,6 +135,14 @@ class ShareLoraRewardConfig(RewardConfig):
             "model. Off by default, as in the authors' code."
         },
     )
+    user_sharding: str = field(
+        default="union",
+        metadata={
+            "help": "With several processes: 'union', every process keeps the users of all batches and their gradients are averaged "
+            "(the same batches as one process); 'owner', each user belongs to one process and nothing of his travels.",
+            "choices": list(USER_SHARDING),
+        },
+    )
     ddp_find_unused_parameters: bool | None = field(
         default=False,
         metadata={
@@ -77,9 +151,14 @@ class ShareLoraRewardConfig(RewardConfig):
     )
 
     def __post_init__(self):
+        refuse_deepspeed(self.deepspeed)  # the parent imports DeepSpeed, or fails to
         super().__post_init__()
         if self.unseen not in UNSEEN:
             raise ConfigError(f"unseen={self.unseen!r} is unknown; one of {', '.join(map(repr, UNSEEN))} is needed.")
+        if self.user_sharding not in USER_SHARDING:
+            raise ConfigError(
+                f"user_sharding={self.user_sharding!r} is unknown; one of {', '.join(map(repr, USER_SHARDING))} is needed."
+            )
         if not isinstance(self.user_column, str) or not self.user_column:
             raise ConfigError(f"user_column={self.user_column!r}; the name of a column is needed (usually 'user_id').")
         rate = self.learning_rate_shared

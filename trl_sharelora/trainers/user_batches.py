@@ -11,18 +11,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import TrainerCallback
 
 from ..data import check_long_rows, check_preference_rows, check_row
 from ..errors import AdapterMismatchError, ConfigError, DataError, NonFiniteError, UnknownUserError, UnsupportedError
 from ..evaluation import per_user_table
-from ..sharelora.bank import ResidentBank, ShareLoraAdamW
+from ..sharelora.bank import ResidentBank, WorkingSet
 from ..sharelora.config import ShareLoraConfig
+from ..sharelora.optimizer import ShareLoraAdamW
 from ..sharelora.routing import Route, get_router
+from ..sharelora.store import BANK_FOLDER
 from ..users import UserRegistry
+from .sharding import OwnerSampler, UserShards, balanced_owners
 
 
 logger = logging.getLogger(__name__)
@@ -66,9 +72,11 @@ class _ForgetVisits(TrainerCallback):
 class UserBatchesMixin:
     """Overrides of TRL's preference trainers that personalise them; goes before the TRL trainer in a class statement.
 
-    `_prepare_dataset`, `_set_signature_columns_if_needed` (the user column), `training_step` (the route), `log` (exact
-    metrics), `create_optimizer` (rows of users with data), `_load_from_checkpoint` (same users) and `create_model_card`
-    (how to use it). Everything else is the parent's.
+    `_prepare_dataset`, `_set_signature_columns_if_needed` (the user column), `get_batch_samples` (the users of a step),
+    `training_step` (the route), `log` (exact metrics), `create_optimizer` (rows of users with data), `_load_from_checkpoint` and
+    `_load_best_model` (same users, their records), `create_model_card` (how to use it); `_clip_grad_norm`
+    (one norm over shared part and users); with `user_sharding="owner"` also `_get_train_sampler`, `save_model`
+    and `evaluation_loop`. Everything else is the parent's.
     """
 
     _tag_names: list[str]
@@ -186,6 +194,134 @@ class UserBatchesMixin:
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
 
+        self._next_window: tuple[Any, ...] | None = None
+        self._start_sharding()
+
+    def _start_sharding(self) -> None:
+        processes, process = self.accelerator.num_processes, self.accelerator.process_index
+        self._shards = UserShards(processes, process)
+        self._window_rows: list[int] = []
+        working_sets = list(self.router.working_sets.values())
+        for working_set in working_sets:
+            working_set.to(self.args.device)
+            working_set.store.work_in(self._bank_dir(self.args))
+        if self.args.user_sharding == "union" or processes == 1:
+            return
+        if not working_sets or isinstance(self.train_dataset, IterableDataset):
+            raise ConfigError(
+                "user_sharding='owner' needs a bank in a store (ShareLoraConfig(bank='ram') or 'mmap') and a dataset with a length, so that "
+                "each process can keep its own users and get their comparisons. Use user_sharding='union'."
+            )
+        comparisons = np.bincount(_column(self.train_dataset, "user_index"), minlength=len(self.users))
+        self._shards = UserShards(processes, process, balanced_owners(comparisons, processes))
+        self.router.visits_are_local = True
+        for working_set in working_sets:
+            working_set.own(self._shards.owners == process)
+
+    @staticmethod
+    def _bank_dir(args: Any) -> str:
+        return str(Path(args.output_dir, "working-bank", f"process-{args.process_index}"))
+
+    # -- the window: all micro-batches of an optimizer step -----------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self._shards.owners is None:
+            return super()._get_train_sampler(train_dataset)
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        batch_size = self.args.per_device_train_batch_size
+        users = _column(dataset, "user_index")
+        return OwnerSampler(users, self._shards.owners, self._shards.processes, batch_size, seed)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        ahead, self._next_window = self._next_window, None
+        if ahead is not None and ahead[0] is epoch_iterator:
+            window = ahead[1]
+        else:  # the first of an epoch
+            window = self._fetch(epoch_iterator, num_batches, device)
+        working_sets = list(self.router.working_sets.values())
+        self._window_rows = self._users_of(window[0])
+        for working_set in working_sets:
+            working_set.hold(self._window_rows)
+        # The next window is fetched now, so that its users are read while this one computes. A stream whose users grow is not
+        # read ahead: it would number users who are never trained.
+        if working_sets and window[0] and not self._users_grow:
+            following = self._fetch(epoch_iterator, self.args.gradient_accumulation_steps, device)
+            self._next_window = (epoch_iterator, following)
+            rows = self._users_of(following[0])
+            for working_set in working_sets:
+                working_set.prefetch(rows)
+        return window
+
+    def _fetch(self, epoch_iterator, num_batches, device):
+        """The parent's window; with several processes each batch also gets its `weights` `(pairs,)`."""
+        if self._shards.processes == 1:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+        def marked():
+            for batch in epoch_iterator:
+                # now: the state is that of the batch fetched last
+                batch["weights"] = self._shards.real(batch["user_index"], self.accelerator.gradient_state).float()
+                yield batch
+
+        window = super().get_batch_samples(marked(), num_batches, device)
+        counts = torch.tensor([batch["weights"].sum() for batch in window[0]], device=self.args.device)
+        everywhere = self.accelerator.reduce(counts, "sum") if len(counts) else counts
+        for batch, count in zip(window[0], everywhere, strict=True):
+            # DDP averages over processes and TRL over the pairs of each: both would count padding
+            batch["weights"] *= len(batch["weights"]) * self._shards.processes / count
+            # a foreign pair is computed with the common model; its user's row is elsewhere
+            batch["user_index"] = torch.where(batch["weights"] > 0, batch["user_index"], -1)
+        return window
+
+    def _users_of(self, batches: list[dict[str, Any]]) -> list[int]:
+        """Rows of the users of a window; of all processes, unless each has its own users."""
+        users = {row for batch in batches for row in batch["user_index"].tolist()} - {-1}
+        if self._shards.processes > 1 and self._shards.owners is None:
+            users = users.union(*gather_object([sorted(users)]))
+        return sorted(users)
+
+    def _average_users(self) -> None:
+        """The gradients of the users' rows as DDP averages those of the shared part; once per optimizer step."""
+        processes = self._shards.processes
+        if processes == 1:
+            return
+        for working_set in self.router.working_sets.values():
+            rows = working_set.slots_of(working_set.mine(self._window_rows))
+            gradient = working_set.gradient[rows]
+            if self._shards.owners is None:
+                gradient = self.accelerator.reduce(gradient, "sum") if len(rows) else gradient
+            working_set.gradient[rows] = gradient / processes
+
+    def _clip_grad_norm(self, model):
+        """One norm over the shared part and the users with data, wherever these rest, and on all processes the same."""
+        self.accelerator.unscale_gradients()
+        users = self._user_gradients()
+        banks = {id(parameter) for parameter in users}
+        shared = [p for p in model.parameters() if p.grad is not None and id(p) not in banks]
+        # in float64, so that no order of summing shows
+        square = sum(
+            (gradient.double().square().sum() for gradient in users.values()), torch.zeros((), device=self.args.device)
+        )
+        if self._shards.owners is not None:
+            # each process has other rows: with its own norm it would scale the shared part its own way
+            square = self.accelerator.reduce(square, "sum")
+        common = _whole(get_total_norm([parameter.grad for parameter in shared]))
+        total = (common.double().square() + square.to(common.device)).sqrt().to(common.dtype)
+        clip_grads_with_norm_([*shared, *users], self.args.max_grad_norm, total)
+        return total
+
+    def _user_gradients(self) -> dict[torch.Tensor, torch.Tensor]:
+        """The rows of users with data in this step, of each Parameter or working set that has a gradient."""
+        gradients = {}
+        rows = self._window_rows
+        for module in self.model.modules():
+            if isinstance(module, ResidentBank) and module.weight.grad is not None:
+                gradients[module.weight] = module.weight.grad[rows]
+        for working_set in self.router.working_sets.values():
+            gradients[working_set.weight] = working_set.gradient[working_set.held()]
+        return gradients
+
     def _tiled_route(self, user_index: torch.Tensor) -> Route:
         """The route of a preference batch `[chosen; rejected]` of these users."""
         return self.router.resolve(user_index.repeat(2), unseen="common")
@@ -200,11 +336,34 @@ class UserBatchesMixin:
             self.model.base_model.grow_users()
         # around forward and backward: an activation checkpointing that is not transformers' own recomputes in the backward
         with self.router.use(self._tiled_route(inputs["user_index"])):
-            return super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self._average_users()
+        return loss
+
+    @staticmethod
+    def _weighed(model, weights: torch.Tensor | None):
+        """The model as the parent's loss calls it; each pair's gradient is multiplied by its weight.
+
+        The parent averages over the pairs of a batch. Weighing the gradient of the rewards gives each pair its share of the
+        whole step, and padding none, without a loss of our own.
+        """
+        if weights is None or bool((weights == 1).all()):
+            return model
+
+        def weighed(**inputs):
+            outputs = model(**inputs)
+            if outputs.logits.requires_grad:
+                outputs.logits.register_hook(lambda gradient: gradient * weights.repeat(2).unsqueeze(-1).to(gradient))
+            return outputs
+
+        return weighed
 
     # -- metrics ------------------------------------------------------------------------------------------------------------
 
-    def _record_scores(self, user_index: torch.Tensor, rewards: torch.Tensor) -> None:
+    def _record_scores(
+        self, user_index: torch.Tensor, rewards: torch.Tensor, weights: torch.Tensor | None = None
+    ) -> None:
         """Keep the rewards of a batch for exact metrics.
 
         Args:
@@ -212,6 +371,8 @@ class UserBatchesMixin:
                 Users of the pairs of this rank.
             rewards (`torch.Tensor` of shape `(2 * pairs,)`):
                 Rewards of `[chosen; rejected]`.
+            weights (`torch.Tensor` of shape `(pairs,)`, *optional*):
+                Zero for padding.
 
         Raises:
             NonFiniteError: a reward is NaN or infinite.
@@ -220,14 +381,18 @@ class UserBatchesMixin:
         finite = chosen.isfinite() & rejected.isfinite()
         if not finite.all():
             rows = (~finite).nonzero().flatten().tolist()
-            users = sorted({self.users[i] if i >= 0 else "(unseen)" for i in user_index[~finite].tolist()})
+            users = sorted({str(self.users[i]) if i >= 0 else "(unseen)" for i in user_index[~finite].tolist()})
             raise NonFiniteError(
                 f"The reward of {len(rows)} pair(s) of this batch is NaN or infinite (places {rows[:10]} of the batch, users "
                 f"{', '.join(map(repr, users[:10]))}); stopped before anything was updated. Look at these users' comparisons "
                 "and, if the model was loaded, at their rows of the adapter; or lower the learning rate."
             )
         mode = "train" if self.model.training else "eval"
-        gathered = self.accelerator.gather_for_metrics((user_index, chosen, rejected))
+        if weights is None:
+            gathered = self.accelerator.gather_for_metrics((user_index, chosen, rejected))
+        else:
+            *gathered, weights = self.accelerator.gather((user_index, chosen, rejected, weights))
+            gathered = [tensor[weights > 0] for tensor in gathered]
         self._scores[mode].append(tuple(tensor.cpu() for tensor in gathered))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -280,9 +445,14 @@ class UserBatchesMixin:
             shared = {name: p for name, p in trainable.items() if id(p) not in banks}
             rate = {} if args.learning_rate_shared is None else {"lr": args.learning_rate_shared}
             # the users first: the learning rate that is logged is that of the first group
+            working_sets = [
+                self.router.working_sets[name]
+                for name in self.model.active_adapters
+                if name in self.router.working_sets
+            ]
             groups = [
                 {
-                    "params": [p for p in trainable.values() if id(p) in banks],
+                    "params": [p for p in trainable.values() if id(p) in banks] + [w.weight for w in working_sets],
                     "rowwise": True,
                     "weight_decay": args.user_weight_decay,
                 },
@@ -301,7 +471,7 @@ class UserBatchesMixin:
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         saved = UserRegistry.load(resume_from_checkpoint)
-        if self._users_grow and saved.ids[: len(self.users)] == self.users.ids:
+        if self._users_grow and saved.ids[: len(self.users)] == self.users.ids and None not in saved.ids:
             self.users.add(saved.ids)
             self.model.base_model.grow_users()
         if saved != self.users:
@@ -312,7 +482,48 @@ class UserBatchesMixin:
                 "every user would be given another's row. Resume with the same data, or start a new training from the "
                 "adapter (PeftModel.from_pretrained(..., is_trainable=True)), to which new users are added."
             )
+        self.users.registry_id = saved.registry_id
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_banks(resume_from_checkpoint)
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self._load_banks(self.state.best_model_checkpoint)
+
+    def _load_banks(self, directory: str) -> None:
+        for adapter_name in self.router.working_sets:
+            self.model.base_model.load_bank(adapter_name, directory)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        if self._shards.owners is not None:
+            for working_set in self.router.working_sets.values():
+                directory = Path(output_dir or self.args.output_dir, BANK_FOLDER)
+                working_set.gathered = self._gather_segments(working_set, directory)
+        super().save_model(output_dir, _internal_call)
+
+    def _gather_segments(self, working_set: WorkingSet, directory: Path) -> list[dict[str, Any]]:
+        """Every process puts its users' records into one folder; the files of all of them."""
+        working_set.flush()
+        everywhere = gather_object(working_set.store.save_segments(directory))
+        return list({segment["file"]: segment for segment in everywhere}.values())
+
+    def evaluation_loop(self, *args, **kwargs):
+        if self._shards.owners is None:
+            return super().evaluation_loop(*args, **kwargs)
+        # any process may be given any user to evaluate: let all read the records of all
+        working_sets = list(self.router.working_sets.values())
+        for working_set in working_sets:
+            directory = Path(self._bank_dir(self.args)).parent / "lent"
+            segments = self._gather_segments(working_set, directory)
+            if self.is_world_process_zero():
+                working_set.store.write_manifest(directory, segments, len(self.users))
+            self.accelerator.wait_for_everyone()
+            working_set.borrow(directory, len(self.users))
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            for working_set in working_sets:
+                working_set.give_back()
 
     def create_model_card(self, *args, **kwargs):
         super().create_model_card(*args, **kwargs)
@@ -345,6 +556,11 @@ class _StreamedUsers:
         else:
             index = (self.users.index if self.unseen == "raise" else self.users.find)([row[self.column]])[0]
         return {"user_index": index}
+
+
+def _whole(norm: torch.Tensor) -> torch.Tensor:
+    """The norm of sharded gradients as a plain tensor."""
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 def _column(dataset: Dataset, name: str) -> list[Any]:

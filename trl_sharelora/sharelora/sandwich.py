@@ -1,0 +1,225 @@
+"""The layer's arithmetic around an untouched base module: `x, h = Shrink(x)`, `y = base(x)`, `y = Expand(y, h)`.
+
+An adapter's cost is passes over memory, not products. Two custom Functions save most of them:
+
+- `Expand` adds `B h` into the base's fresh output instead of making a second one and adding the two.
+- `Shrink` hands x to the base itself, so its node runs *after* the base's in the backward and adds `A_u' dh` into the base's
+  fresh dx in place.
+- x is kept once; the users' factors, gathered per row of the batch, are gathered again in the backward instead of kept.
+- The gradients of the users' rows are summed in float32 straight into the working set, where there is one.
+
+The base is opaque: float, 8-bit, 4-bit or anything else. What is in place only saves passes; wherever it would not be sound
+(another type, a view, an unknown kind of module) the same is computed out of place. `reference` in layer.py is the plain form
+(gather, bmm, add) with the same results: for torch.compile, which fuses by itself, and for the tests.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+
+class Rows(NamedTuple):
+    """The users' own factors of one module and whose are the rows of the batch."""
+
+    moves: torch.Tensor  # (slots, *shape), float32: D_u of each slot; a Parameter (resident) or the working set's
+    common: torch.Tensor  # (*shape): what the moves start from, A_0
+    slot: torch.Tensor  # (batch,), int64
+    # (batch, 1, ...): 0. where the user is unseen and has no slot, else 1.; None if there is no such row
+    seen: torch.Tensor | None
+    # of a working set: gradients are added into `moves.grad` here, and the slots must still be those of the forward
+    lease: Any | None = None
+    number: int = -1  # of the module in the working set
+
+
+def gather(rows: Rows, dtype: torch.dtype) -> torch.Tensor:
+    """`A_0 + D_u` for each row of the batch, `(batch, *shape)`, in `dtype`; summed in float32."""
+    own = rows.moves.index_select(0, rows.slot)
+    if rows.seen is not None:
+        own = own * rows.seen
+    return (own + rows.common if own.requires_grad or rows.common.requires_grad else own.add_(rows.common)).to(dtype)
+
+
+def _spread(rows: Rows, own_gradient: torch.Tensor, needs_moves: bool, needs_common: bool):
+    """Gradients of `moves` and `common` from that of the gathered factors `(batch, *shape)`."""
+    own_gradient = own_gradient.to(rows.moves.dtype)
+    common = own_gradient.sum(0).to(rows.common.dtype) if needs_common else None
+    if not needs_moves:
+        return None, common
+    if rows.seen is not None:
+        own_gradient = own_gradient * rows.seen
+    if rows.lease is not None:
+        assert rows.moves.grad is not None
+        # first the rows of a user among themselves, as autograd does for a Parameter: the same sums bit by bit
+        sums = own_gradient.new_zeros(len(rows.lease.each), *own_gradient.shape[1:])
+        rows.moves.grad.index_add_(0, rows.lease.each, sums.index_add_(0, rows.lease.inverse, own_gradient))
+        return None, common
+    return torch.zeros_like(rows.moves).index_add_(0, rows.slot, own_gradient), common
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def keep(ctx, rows: Rows, *others: torch.Tensor) -> None:
+        # A Parameter is saved the ordinary way, so that torch notices when it is changed before the backward. The working set
+        # is written whenever a user is paged in, elsewhere in the same tensor, and may grow: its lease notices what matters.
+        moves = [rows.moves] if rows.lease is None else []
+        ctx.save_for_backward(rows.common, *others, *moves)
+        ctx.rest = rows[2:]
+
+    @staticmethod
+    def kept(ctx) -> tuple:
+        _, _, lease, number = ctx.rest
+        if lease is None:
+            common, *others, moves = ctx.saved_tensors
+        else:
+            lease.check()
+            moves, (common, *others) = lease.working_set.module(number), ctx.saved_tensors
+        rows = Rows(moves, common, *ctx.rest)
+        return rows, *others
+
+
+class Gather(_Function):
+    """The users' own factors per row of the batch, `(batch, *shape)`; for the small ones (r x r core, diagonal)."""
+
+    @staticmethod
+    def forward(ctx, moves, common, slot, seen, lease, number, dtype):
+        rows = Rows(moves, common, slot, seen, lease, number)
+        _Function.keep(ctx, rows)
+        return gather(rows, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, own_gradient):
+        (rows,) = _Function.kept(ctx)
+        return *_spread(rows, own_gradient, *ctx.needs_input_grad[:2]), *[None] * 5
+
+
+class ShrinkOwn(_Function):
+    """`(x, h)`: x for the base to use, and `h = s A_u x` `(batch, seq, r)` with each row's own `A_u` `(r, in)`."""
+
+    @staticmethod
+    def forward(ctx, x, moves, common, slot, seen, lease, number, scaling, dtype, in_place):
+        rows = Rows(moves, common, slot, seen, lease, number)
+        _Function.keep(ctx, rows, x)
+        ctx.scaling, ctx.dtype, ctx.in_place = scaling, dtype, in_place
+        through = _pass_on(ctx, x)
+        return through, torch.bmm(_three(x).to(dtype), gather(rows, dtype).mT).mul_(scaling)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx, dh):
+        if dh is None:
+            return dx, *[None] * 10
+        rows, x = _Function.kept(ctx)
+        needs_x, needs_moves, needs_common = ctx.needs_input_grad[:3]
+        dh = dh * ctx.scaling
+        if needs_x:
+            dx = _add_product(dx, dh, gather(rows, ctx.dtype), x, ctx.in_place)
+        moves = common = None
+        if needs_moves or needs_common:
+            moves, common = _spread(rows, torch.bmm(dh.mT, _three(x).to(ctx.dtype)), needs_moves, needs_common)
+        return dx if needs_x else None, moves, common, *[None] * 8
+
+
+class ShrinkShared(torch.autograd.Function):
+    """`(x, h)`: x for the base to use, and `h = s A x` `(batch, seq, r)` with one `A` `(r, in)` for all rows."""
+
+    @staticmethod
+    def forward(ctx, x, weight, scaling, dtype, in_place):
+        ctx.save_for_backward(x, weight)
+        ctx.scaling, ctx.dtype, ctx.in_place = scaling, dtype, in_place
+        through = _pass_on(ctx, x)
+        return through, torch.matmul(_three(x).to(dtype), weight.to(dtype).mT).mul_(scaling)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx, dh):
+        if dh is None:
+            return dx, None, None, None, None
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        dh = dh * ctx.scaling
+        if needs_x:
+            dx = _add_product(dx, dh, weight.to(ctx.dtype), x, ctx.in_place)
+        gradient = None
+        if needs_weight:
+            gradient = (_two(dh).mT @ _two(x).to(ctx.dtype)).to(weight.dtype)
+        return dx if needs_x else None, gradient, None, None, None
+
+
+class ExpandShared(torch.autograd.Function):
+    """`y += h B'` in place, for y `(..., out)`, h `(batch, seq, r)` and one B `(out, r)` for all rows."""
+
+    @staticmethod
+    def forward(ctx, y, h, weight):
+        ctx.save_for_backward(h, weight)
+        ctx.mark_dirty(y)
+        _two(y).addmm_(_two(h), weight.to(h.dtype).mT)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        h, weight = ctx.saved_tensors
+        dh = (_two(dy) @ weight.to(h.dtype)).reshape(h.shape) if ctx.needs_input_grad[1] else None
+        gradient = (_two(dy).mT @ _two(h)).to(weight.dtype) if ctx.needs_input_grad[2] else None
+        return dy, dh, gradient
+
+
+class ExpandOwn(_Function):
+    """`y += B_u h` in place, for y `(batch, ..., out)`, h `(batch, seq, r)` and each row's own `B_u` `(out, r)`."""
+
+    @staticmethod
+    def forward(ctx, y, h, moves, common, slot, seen, lease, number):
+        rows = Rows(moves, common, slot, seen, lease, number)
+        _Function.keep(ctx, rows, h)
+        ctx.mark_dirty(y)
+        y.view(*h.shape[:2], -1).baddbmm_(h, gather(rows, h.dtype).mT)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        rows, h = _Function.kept(ctx)
+        _, needs_h, needs_moves, needs_common = ctx.needs_input_grad[:4]
+        dy_rows = dy.reshape(*h.shape[:2], -1)
+        dh = torch.bmm(dy_rows, gather(rows, h.dtype)) if needs_h else None
+        moves = common = None
+        if needs_moves or needs_common:
+            moves, common = _spread(rows, torch.bmm(dy_rows.mT, h), needs_moves, needs_common)
+        return dy, dh, moves, common, *[None] * 4
+
+
+def _pass_on(ctx, x: torch.Tensor) -> torch.Tensor:
+    ctx.set_materialize_grads(False)  # a base that gives x no gradient must not be answered with a tensor of zeros
+    through = x.detach()
+    if not ctx.needs_input_grad[0]:
+        ctx.mark_non_differentiable(through)  # else the base would compute a gradient that nobody needs
+    return through
+
+
+def _add_product(
+    dx: torch.Tensor | None, dh: torch.Tensor, own: torch.Tensor, x: torch.Tensor, in_place: bool
+) -> torch.Tensor:
+    """`dx + dh A`; in place if dx is the base's own, made by its backward and held by nobody else.
+
+    `own` is `(batch, r, in)` or `(r, in)`.
+    """
+    if dx is None:  # the base did not use x (dropout gives the adapter an input of its own)
+        return torch.matmul(dh, own).reshape(x.shape).to(x.dtype)
+    if in_place and dx.dtype == dh.dtype and dx.is_contiguous():
+        if own.ndim == 3:
+            _three(dx).baddbmm_(dh, own)
+        else:
+            _two(dx).addmm_(_two(dh), own)
+        return dx
+    # autocast with float32 activations: dx is float32, the product is not
+    return dx + torch.matmul(dh, own).reshape(dx.shape)
+
+
+def _three(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def _two(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1, x.shape[-1])
