@@ -57,7 +57,7 @@ def make_trainer(directory, bank, share="B", adapter=None, rows=None, **override
 
 
 def shared(model):
-    personal = {bank for bank in resident_banks(model)}
+    personal = set(resident_banks(model))
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad and n not in personal}
 
 
