@@ -313,7 +313,7 @@ class UserBatchesMixin:
 
     def _user_gradients(self) -> dict[torch.Tensor, torch.Tensor]:
         """The rows of users with data in this step, of each Parameter or working set that has a gradient."""
-        gradients = {}
+        gradients: dict[torch.Tensor, torch.Tensor] = {}
         rows = self._window_rows
         for module in self.model.modules():
             if isinstance(module, ResidentBank) and module.weight.grad is not None:
