@@ -21,7 +21,12 @@ from trl_sharelora.trainers.sharding import OwnerSampler, UserShards, balanced_o
 
 USERS, PAIRS, BATCH = 7, 20, 6
 ROOT = Path(__file__).parents[2]
-UNION = [("resident", False), ("mmap", True), ("mmap", False), ("ram", None)]  # with (reentrant) checkpointing or without
+UNION = [
+    ("resident", False),
+    ("mmap", True),
+    ("mmap", False),
+    ("ram", None),
+]  # with (reentrant) checkpointing or without
 
 
 def skewed_rows():
@@ -182,7 +187,9 @@ def test_invariant_1_several_processes_equal_one(one, tmp_path, ranks):
         straight, _ = result(tmp_path / f"owner-{ranks}-{bank}")
         resumed, _ = result(tmp_path / f"resumed-{ranks}-{bank}")
         for name, tensor in straight.items():
-            assert torch.equal(tensor, resumed[name]), name
+            # DDP lays its buckets anew after the first step of a run, so that three processes add in another order
+            limit = 0 if ranks == 2 else 1e-6
+            assert (tensor - resumed[name]).abs().max() <= limit, name
         assert read_manifest(tmp_path / f"owner-{ranks}-{bank}" / "bank")["num_users"] == USERS
 
 

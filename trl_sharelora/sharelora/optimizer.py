@@ -4,10 +4,11 @@ Why not AdamW over the whole bank: its momentum keeps moving users who are not t
 and its global step count gives a user met late, or rarely, a several times larger first step (docs/design.md).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from ..errors import ConfigError, NonFiniteError, RoutingError
@@ -32,6 +33,9 @@ class ShareLoraAdamW(torch.optim.AdamW):
             Parameter groups.
         router ([`Router`]):
             Knows whose rows had data.
+        working_sets (`Sequence[WorkingSet]`, *optional*):
+            Of banks in a store; stepped with the first group with `rowwise=True`, which may be empty. (They may also stand in
+            a group's `params`, but wrappers that swap the parameters of an optimiser, as FSDP's, do not know them.)
         **kwargs:
             Of [`torch.optim.AdamW`], except `amsgrad`.
 
@@ -40,11 +44,12 @@ class ShareLoraAdamW(torch.optim.AdamW):
         RoutingError: at `step`, when users' rows have gradients but nobody was seen in training.
     """
 
-    def __init__(self, params: Any, router: Router, **kwargs: Any):
+    def __init__(self, params: Any, router: Router, working_sets: Sequence[WorkingSet] = (), **kwargs: Any):
         if kwargs.get("amsgrad"):
             raise ConfigError("amsgrad=True came; the users' rows are stepped without it. Leave it out.")
         super().__init__(params, **kwargs)
         self.router = router
+        self.working_sets = list(working_sets)
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
@@ -59,12 +64,7 @@ class ShareLoraAdamW(torch.optim.AdamW):
             self._check_gradients(rows)
 
         # AdamW passes over parameters without a gradient: take the users' away, step the rest, then step their rows.
-        users = [
-            (parameter, parameter.grad, group)
-            for group in self.param_groups
-            if group.get("rowwise")
-            for parameter in group["params"]
-        ]
+        users = [(parameter, parameter.grad, group) for parameter, group in self._all() if group.get("rowwise")]
         for parameter, _, _ in users:
             parameter.grad = None
         super().step()
@@ -83,6 +83,15 @@ class ShareLoraAdamW(torch.optim.AdamW):
         for working_set in self.router.working_sets.values():
             working_set.let_go()
         return loss
+
+    def _all(self) -> list[tuple[torch.Tensor, dict]]:
+        """Everything that is stepped, with its group."""
+        found = [(parameter, group) for group in self.param_groups for parameter in group["params"]]
+        known = {id(parameter) for parameter, _ in found}
+        rowwise = next((group for group in self.param_groups if group.get("rowwise")), None)
+        if rowwise is not None:
+            found += [(w.weight, rowwise) for w in self.working_sets if id(w.weight) not in known]
+        return found
 
     def _working_set(self, parameter: torch.Tensor) -> WorkingSet | None:
         return next((w for w in self.router.working_sets.values() if w.weight is parameter), None)
@@ -115,17 +124,12 @@ class ShareLoraAdamW(torch.optim.AdamW):
         working_set.stepped(slots)
 
     def _check_gradients(self, rows: list[int]) -> None:
-        with_gradient = [
-            (parameter, group)
-            for group in self.param_groups
-            for parameter in group["params"]
-            if parameter.grad is not None
-        ]
+        with_gradient = [(parameter, group) for parameter, group in self._all() if parameter.grad is not None]
         if not with_gradient:
             return
         # of a working set only the slots of this step: the others are zero, and may be many
         looked_at = [self._gradients_of_step(parameter, rows) for parameter, _ in with_gradient]
-        norms = torch.stack([_local(norm).float() for norm in torch._foreach_norm(looked_at)])
+        norms = torch.stack([norm.float() for norm in _norms(looked_at)])
         if norms.isfinite().all():
             if not rows and any(
                 group.get("rowwise") and norm > 0 for norm, (_, group) in zip(norms, with_gradient, strict=True)
@@ -168,8 +172,16 @@ class ShareLoraAdamW(torch.optim.AdamW):
         return mine, parameter.grad[working_set.slots_of(mine)]
 
 
-def _local(norm: torch.Tensor) -> torch.Tensor:
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+def _norms(gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Their norms; of gradients sharded by FSDP those of the whole, for which all processes come here."""
+    norms: list[torch.Tensor] = [torch.empty(0)] * len(gradients)
+    plain = [number for number, gradient in enumerate(gradients) if not isinstance(gradient, DTensor)]
+    for number, norm in zip(plain, torch._foreach_norm([gradients[number] for number in plain]), strict=True):
+        norms[number] = norm
+    for number, gradient in enumerate(gradients):
+        if isinstance(gradient, DTensor):
+            norms[number] = torch.linalg.vector_norm(gradient).full_tensor()
+    return norms
 
 
 def _adamw_rows(

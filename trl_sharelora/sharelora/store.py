@@ -21,6 +21,7 @@ Files are read with `pread`, so they add nothing to the resident memory.
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -43,8 +44,10 @@ MANIFEST = "bank.json"
 VERSION = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _HEADER = 4096  # of a segment: room for the safetensors header, filled in when the segment is closed
+_SEGMENT_NAME = re.compile(r"rows-\d+-[0-9a-f]+\.safetensors")
 _STEP = 16  # bytes at the start of a record: the step count as float32, the rest is zero (keeps what follows aligned)
 _IN_RAM_AT_ONCE = 4096  # records that are allocated together
+_MOST_SEGMENTS = 64  # each is an open file and a link per checkpoint; above it the smallest become one
 
 
 @dataclass(frozen=True)
@@ -136,24 +139,28 @@ class _Segment:
         try:
             (length,) = np.frombuffer(self.file.read(8), "<u8")
             header = json.loads(self.file.read(int(length)) if length <= self.file_bytes else b"")
-            (count, size) = header["records"]["shape"]
-            _, end = header["crc32"]["data_offsets"]
-            expected = 8 + int(length) + end
+            count, size = map(int, header["records"]["shape"])
             if size != record_bytes:
                 raise ValueError(f"records of {size} bytes")
-            if self.file_bytes != expected:
-                raise ValueError(f"{self.file_bytes} bytes instead of {expected}")
+            ends = np.cumsum([0, count * size, 8 * count, 4 * count]).tolist()
+            for name, offsets in zip(("records", "rows", "crc32"), zip(ends[:-1], ends[1:], strict=True), strict=True):
+                if tuple(header[name]["data_offsets"]) != offsets:
+                    raise ValueError(f"its header places {name} wrongly")
             self.start = 8 + int(length)
-            at = {name: self.start + header[name]["data_offsets"][0] for name in ("rows", "crc32")}
-            self.rows = np.frombuffer(os.pread(self.file.fileno(), 8 * count, at["rows"]), "<i8").copy()
-            self.crc32 = np.frombuffer(os.pread(self.file.fileno(), 4 * count, at["crc32"]), "<u4").copy()
+            if self.file_bytes != self.start + ends[-1]:
+                raise ValueError(f"{self.file_bytes} bytes instead of {self.start + ends[-1]}")
+            rows = os.pread(self.file.fileno(), 8 * count, self.start + ends[1])
+            if zlib.crc32(rows) != int(header["__metadata__"].get("rows_crc32", zlib.crc32(rows))):
+                raise ValueError("the list of its rows is damaged")
+            self.rows = np.frombuffer(rows, "<i8").copy()
+            self.crc_at = self.start + ends[2]
+            self.crc32 = np.frombuffer(os.pread(self.file.fileno(), 4 * count, self.crc_at), "<u4").copy()
         except (ValueError, KeyError, TypeError, IndexError) as error:
             self.file.close()
             raise BankError(
                 f"{path} is not a whole file of users' rows of this adapter: {error}; records of {record_bytes} bytes were expected. "
-                "The file is truncated or of another adapter: copy it again, or resume from another checkpoint."
+                "The file is truncated, damaged or of another adapter: copy it again, or resume from another checkpoint."
             ) from None
-        self.crc_at = at["crc32"]
         self.record_bytes = record_bytes
         self.verified = np.zeros(count, dtype=bool)
 
@@ -194,24 +201,32 @@ class _OpenSegment:
         self.places: dict[int, int] = {}
         with _disk(path):
             self.file = open(path, "x+b")  # noqa: SIM115
-            os.posix_fallocate(self.file.fileno(), 0, _HEADER)
+            try:
+                os.posix_fallocate(self.file.fileno(), 0, _HEADER)
+            except OSError:
+                self.abandon()
+                raise
 
     def write(self, rows: Sequence[int], records: torch.Tensor) -> None:
         """Write records; the room for new ones is taken first, so a full disk overwrites nothing."""
-        fd, new = self.file.fileno(), [row for row in rows if row not in self.places]
+        fd, end = self.file.fileno(), len(self.rows)
+        new = list(dict.fromkeys(row for row in rows if row not in self.places))
+        places = {row: end + number for number, row in enumerate(new)}
         with _disk(self.path):
             if new:
-                start = _HEADER + len(self.rows) * self.record_bytes
                 try:
-                    os.posix_fallocate(fd, start, len(new) * self.record_bytes)
+                    os.posix_fallocate(fd, _HEADER + end * self.record_bytes, len(new) * self.record_bytes)
+                    for row, record in zip(rows, records.numpy(), strict=True):
+                        if row in places:
+                            _pwrite(fd, record, _HEADER + places[row] * self.record_bytes)
                 except OSError:
-                    os.ftruncate(fd, start)
+                    os.ftruncate(fd, _HEADER + end * self.record_bytes)
                     raise
-            for row in new:
-                self.places[row] = len(self.rows)
-                self.rows.append(row)
+                self.places.update(places)  # only now: a row that could not be written must not be found
+                self.rows += new
             for row, record in zip(rows, records.numpy(), strict=True):
-                _pwrite(fd, record, _HEADER + self.places[row] * self.record_bytes)
+                if row not in places:
+                    _pwrite(fd, record, _HEADER + self.places[row] * self.record_bytes)
 
     def read(self, place: int, out: torch.Tensor) -> None:
         _pread(self.file.fileno(), out, _HEADER + place * self.record_bytes, self.path)
@@ -225,15 +240,16 @@ class _OpenSegment:
             self.read(place, record)
             checksums[place] = zlib.crc32(record.numpy().data)
         size = count * self.record_bytes
+        rows = np.array(self.rows, "<i8").tobytes()
         header = {
-            "__metadata__": {"format": "sharelora-bank", "version": str(VERSION)},
+            "__metadata__": {"format": "sharelora-bank", "version": str(VERSION), "rows_crc32": str(zlib.crc32(rows))},
             "records": {"dtype": "U8", "shape": [count, self.record_bytes], "data_offsets": [0, size]},
             "rows": {"dtype": "I64", "shape": [count], "data_offsets": [size, size + 8 * count]},
             "crc32": {"dtype": "U32", "shape": [count], "data_offsets": [size + 8 * count, size + 12 * count]},
         }
         text = json.dumps(header).encode().ljust(_HEADER - 8)
         with _disk(self.path):
-            tail = np.array(self.rows, "<i8").tobytes() + checksums.tobytes()
+            tail = rows + checksums.tobytes()
             _pwrite(fd, np.frombuffer(tail, np.uint8), _HEADER + size)
             os.ftruncate(fd, _HEADER + size + len(tail))
             _pwrite(fd, np.frombuffer(np.array([len(text)], "<u8").tobytes() + text, np.uint8), 0)
@@ -260,15 +276,25 @@ class UserStore:
         folder (`Path`, *optional*):
             Where the open file lies while training (`"mmap"`); by default a temporary folder. It is locked, and removed at
             the end: what shall stay is saved.
+        num_users (`int`, *optional*):
+            Users of the adapter, `load` and `grow` set it too: a row beyond them is refused.
 
     Raises:
         BankBusyError: another process has the folder.
     """
 
-    def __init__(self, layout: Layout, kind: str, registry_id: str, folder: str | os.PathLike | None = None):
+    def __init__(
+        self,
+        layout: Layout,
+        kind: str,
+        registry_id: str,
+        folder: str | os.PathLike | None = None,
+        num_users: int | None = None,
+    ):
         self.layout = layout
         self.kind = kind
         self.registry_id = registry_id
+        self.num_users = num_users
         self.segments: list[_Segment] = []
         # per row, grown as rows come: which segment holds it (-1 none, -2 changed since the last save) and where in it
         self._where = np.empty((0, 2), dtype=np.int32)
@@ -281,7 +307,16 @@ class UserStore:
     # -- reading and writing ----------------------------------------------------------------------------------------------
 
     def __contains__(self, row: int) -> bool:
-        return row < len(self._where) and self._where[row, 0] != -1
+        return 0 <= row < len(self._where) and bool(self._where[row, 0] != -1)
+
+    def _check_rows(self, rows: Sequence[int]) -> None:
+        wrong = [row for row in rows if row < 0 or (self.num_users is not None and row >= self.num_users)]
+        if wrong:
+            raise CapacityError(
+                f"Rows {wrong[:5]} came; this adapter has the rows 0 to {'...' if self.num_users is None else self.num_users - 1}. (-1, an "
+                "unseen user, has no record.) Was the index made with another registry? Users who were added to the registry get their "
+                "rows with model.base_model.grow_users()."
+            )
 
     def rows(self) -> list[int]:
         """Rows of the users who have a record."""
@@ -292,7 +327,9 @@ class UserStore:
 
         Raises:
             BankError: a record is damaged.
+            CapacityError: there is no such row.
         """
+        self._check_rows(rows)
         out = torch.zeros(len(rows), self.layout.record_bytes, dtype=torch.uint8)
         for row, record in zip(rows, out, strict=True):
             with self._lock:
@@ -300,8 +337,6 @@ class UserStore:
         return out
 
     def _read(self, row: int, out: torch.Tensor) -> None:
-        if row < 0:
-            raise CapacityError(f"Row {row} came; rows start at 0. (-1, an unseen user, has no record.)")
         if row not in self:
             return
         if self._memory is not None and row in self._memory.places:
@@ -319,9 +354,11 @@ class UserStore:
 
         Raises:
             BankFullError: the disk is full; the store is as it was.
+            CapacityError: there is no such row.
         """
         if not len(rows):
             return
+        self._check_rows(rows)
         with self._lock:
             self._reach(max(rows))
             if self._memory is not None:
@@ -358,20 +395,26 @@ class UserStore:
 
     # -- saving -----------------------------------------------------------------------------------------------------------
 
-    def save_segments(self, directory: str | os.PathLike) -> list[dict[str, Any]]:
+    def save_segments(self, directory: str | os.PathLike, stays: bool = True) -> list[dict[str, Any]]:
         """Close what is open and put all segments into `directory`, by hard links where the file system allows.
 
         Returns what [`write_manifest`] needs of them.
+
+        Args:
+            directory (`str` or `os.PathLike`):
+                Where to.
+            stays (`bool`, *optional*, defaults to `True`):
+                Whether it may be linked from at the next save.
 
         Raises:
             BankFullError: the disk is full; what was saved before is untouched.
         """
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        with self._lock:
-            return self._save_segments(directory)
+        with self._lock, _disk(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            return self._save_segments(directory, stays)
 
-    def _save_segments(self, directory: Path) -> list[dict[str, Any]]:
+    def _save_segments(self, directory: Path, stays: bool) -> list[dict[str, Any]]:
         self._gather_scattered()
         changed = np.flatnonzero(self._where[:, 0] == -2).tolist()
         if changed:
@@ -395,14 +438,17 @@ class UserStore:
                     raise
             segment = _Segment(file.path, self.layout.record_bytes)
             segment.verified[:] = True
-            self._where[segment.rows, 0] = len(self.segments)
-            self._where[segment.rows, 1] = np.arange(len(segment))
+            in_force = (
+                self._where[segment.rows, 0] == -2
+            )  # not those that `keep_only` took out since they were written
+            self._where[segment.rows[in_force], 0] = len(self.segments)
+            self._where[segment.rows[in_force], 1] = np.flatnonzero(in_force)
             self.segments.append(segment)
         for segment in self.segments:
             target = directory / segment.path.name
             if not target.exists() or not os.path.samefile(target, segment.path):
                 _link(segment.path, target)
-            if self._folder is None or segment.path.parent != self._folder.path:
+            if stays and (self._folder is None or segment.path.parent != self._folder.path):
                 segment.path = target  # of the checkpoints it lies in, the newest stays longest
         return [
             {"file": segment.path.name, "records": len(segment), "bytes": segment.file_bytes}
@@ -410,16 +456,18 @@ class UserStore:
         ]
 
     def _gather_scattered(self) -> None:
-        """Move what is in force of mostly outdated segments into the open one; drop segments with nothing in force."""
+        """Move what is in force of mostly outdated or too many segments into the open one; drop those with nothing in force."""
         if not self.segments:
             return
         in_force = np.bincount(self._where[self._where[:, 0] >= 0, 0], minlength=len(self.segments))
-        gone = [not segment.path.exists() for segment in self.segments]  # the checkpoint it lay in was deleted
-        if 2 * in_force.sum() < sum(map(len, self.segments)):
-            gone = [
-                out or 2 * count < len(segment)
-                for out, count, segment in zip(gone, in_force, self.segments, strict=True)
-            ]
+        sizes = np.array([len(segment) for segment in self.segments])
+        gone = np.array(
+            [not segment.path.exists() for segment in self.segments]
+        )  # the checkpoint it lay in was deleted
+        if 2 * in_force.sum() < sizes.sum():
+            gone |= 2 * in_force < sizes
+        if len(sizes) >= _MOST_SEGMENTS:
+            gone[np.argsort(in_force, kind="stable")[: _MOST_SEGMENTS // 2]] = True
         for number in np.flatnonzero(gone):
             rows = np.flatnonzero(self._where[:, 0] == number).tolist()
             for start in range(0, len(rows), 64):
@@ -440,7 +488,18 @@ class UserStore:
             segment.path.unlink(missing_ok=True)
 
     def write_manifest(self, directory: str | os.PathLike, segments: list[dict[str, Any]], num_users: int) -> None:
-        """Write `bank.json`, whole or not at all; a folder without it is no bank."""
+        """Write `bank.json`, whole or not at all; a folder without it is no bank.
+
+        Raises:
+            BankFullError: the disk is full; the `bank.json` before is untouched.
+            CapacityError: there are records beyond `num_users`.
+        """
+        beyond = num_users + np.flatnonzero(self._where[num_users:, 0] != -1)
+        if len(beyond):
+            raise CapacityError(
+                f"Row {beyond[0]} has a record, but the adapter has {num_users} users: as it is, {directory} could not be loaded. The bank "
+                "was stepped with another registry; save it with the one it was trained with."
+            )
         content = {
             "format": "sharelora-bank",
             "version": VERSION,
@@ -452,11 +511,17 @@ class UserStore:
         }
         path = Path(directory) / MANIFEST
         temporary = path.with_suffix(".json.tmp")
-        with _disk(path), open(temporary, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with _disk(path), open(temporary, "w", encoding="utf-8") as file:
+                json.dump(content, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)  # the segments' names before the list that names them
         os.replace(temporary, path)
+        _sync_folder(path.parent)
 
     def save(self, directory: str | os.PathLike, num_users: int) -> None:
         """[`save_segments`] and [`write_manifest`]; files of earlier saves into the same folder are removed at the end."""
@@ -493,43 +558,52 @@ class UserStore:
             )
         segments = [_Segment(directory / item["file"], self.layout.record_bytes) for item in content["segments"]]
         for segment, item in zip(segments, content["segments"], strict=True):
-            if len(segment) != item["records"] or (len(segment) and int(segment.rows.max()) >= num_users):
+            if len(segment) != item["records"] or not ((segment.rows >= 0) & (segment.rows < num_users)).all():
                 raise BankError(
                     f"{segment.path} has {len(segment)} records up to row {int(segment.rows.max(initial=-1))}; {MANIFEST} names "
                     f"{item['records']} records of {num_users} users. The files are of two different saves: copy the whole folder again."
                 )
-        for segment in self.segments:
-            self._drop(segment)
-        if self._open is not None:
-            self._open.abandon()
-            self._open = None
-        self._where = np.full((num_users, 2), -1, dtype=np.int32)
-        self.segments = segments
+        where = np.full((num_users, 2), -1, dtype=np.int32)
         for number, segment in enumerate(segments):
-            self._where[segment.rows, 0] = number
-            self._where[segment.rows, 1] = np.arange(len(segment))
-        if self.kind == "ram":
-            self._memory = _Memory(self.layout.record_bytes)
-            for row in self.rows():
-                segment, place = self._where[row].tolist()
-                self.segments[segment].read(place, self._memory.add(row))
+            where[segment.rows, 0] = number
+            where[segment.rows, 1] = np.arange(len(segment))
+        rows = np.flatnonzero(where[:, 0] != -1).tolist()
+        if self.kind == "ram":  # all checksums before anything here is given up
+            record = torch.empty(self.layout.record_bytes, dtype=torch.uint8)
+            for row in rows:
+                segments[where[row, 0]].read(int(where[row, 1]), record)
+        with self._lock:
+            for segment in self.segments:
+                self._drop(segment)
+            if self._open is not None:
+                self._open.abandon()
+                self._open = None
+            self._where, self.segments, self.num_users = where, segments, num_users
+            if self.kind == "ram":
+                self._memory = _Memory(self.layout.record_bytes)
+                for row in rows:
+                    segments[where[row, 0]].read(int(where[row, 1]), self._memory.add(row))
 
     def keep_only(self, mine: np.ndarray) -> None:
         """Forget the records of rows that another process owns: `mine` is `(users,)` bool."""
-        self._where[~mine[: len(self._where)]] = -1
+        with self._lock:
+            others = np.ones(len(self._where), dtype=bool)  # it is longer than there are users where it grew in steps
+            others[: len(mine)] = ~mine[: len(others)]
+            self._where[others] = -1
 
     def snapshot(self) -> "UserStore":
         """A store of its own with the same users as now; closed segments are read by both."""
-        other = UserStore(self.layout, self.kind, self.registry_id)
+        other = UserStore(self.layout, self.kind, self.registry_id, num_users=self.num_users)
         if self.kind == "ram":
             rows = self.rows()
             for start in range(0, len(rows), 64):
                 other.write(rows[start : start + 64], self.read(rows[start : start + 64]))
             return other
         folder = other._own_folder()
-        segments = self.save_segments(folder)
+        segments = self.save_segments(folder, stays=False)
         other.write_manifest(folder, segments, len(self._where))
         other.load(folder, len(self._where))
+        other.num_users = self.num_users
         return other
 
     def close(self) -> None:
@@ -583,12 +657,17 @@ class _WorkingFolder:
         import fcntl
 
         self.path = Path(tempfile.mkdtemp(prefix="sharelora-bank-")) if path is None else Path(path)
-        with _disk(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / "lock", "a+")  # noqa: SIM115  held as long as the folder is
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            while True:
+                with _disk(self.path):
+                    self.path.mkdir(parents=True, exist_ok=True)
+                    self._lock = open(self.path / "lock", "a+")  # noqa: SIM115  held as long as the folder is
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # who had it before may have removed it between our two calls: a lock that nobody else can find
+                if _same_file(self._lock, self.path / "lock"):
+                    break
+                self._lock.close()
+        except BlockingIOError:
             self._lock.seek(0)
             owner = self._lock.read().strip() or "unknown"
             self._lock.close()
@@ -602,17 +681,33 @@ class _WorkingFolder:
         self._lock.truncate(0)
         self._lock.write(str(os.getpid()))
         self._lock.flush()
-        for left in self.path.glob(
-            "rows-*.safetensors"
-        ):  # of a run that was killed; its checkpoints have their own links
+        for left in self.path.glob("rows-*"):  # of a run that was killed; its checkpoints have their own links
             left.unlink()
         self.remove = weakref.finalize(self, _remove_folder, self.path, self._lock, os.getpid())
 
 
 def _remove_folder(path: Path, lock: Any, pid: int) -> None:
+    import fcntl
+
     if os.getpid() == pid:  # not in a forked worker
         shutil.rmtree(path, ignore_errors=True)
+        fcntl.flock(lock, fcntl.LOCK_UN)  # closing is not enough where a forked worker still has it open
     lock.close()
+
+
+def _same_file(file: Any, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _sync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def read_manifest(directory: str | os.PathLike) -> dict[str, Any]:
@@ -631,15 +726,21 @@ def read_manifest(directory: str | os.PathLike) -> dict[str, Any]:
                 f"{path} was written as version {content['version']} of the format; this version of trl_sharelora reads version {VERSION}. "
                 "Read it with the trl_sharelora that wrote it, and save it again."
             )
-        Layout.from_json(content["layout"])
-        for key in ("registry_id", "num_users", "record_bytes", "segments"):
-            content[key]
+        layout = Layout.from_json(content["layout"])
+        if content["record_bytes"] != layout.record_bytes:
+            raise ValueError(f"records of {content['record_bytes']} bytes for a layout of {layout.record_bytes}")
+        if not isinstance(content["registry_id"], str) or not isinstance(content["num_users"], int):
+            raise ValueError(f"registry {content['registry_id']!r} of {content['num_users']!r} users")
+        for item in content["segments"]:
+            # a plain name: another could point anywhere
+            if not _SEGMENT_NAME.fullmatch(item["file"]) or not isinstance(item["records"], int):
+                raise ValueError(f"a file {item['file']!r} with {item['records']!r} records")
     except FileNotFoundError:
         raise BankError(
             f"There is no {path}: the users' rows are missing, or their save was cut off ({MANIFEST} is written last). Copy the whole "
             "folder again, or take another checkpoint."
         ) from None
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError, AttributeError) as error:
+    except (json.JSONDecodeError, KeyError, TypeError, IndexError, UnicodeDecodeError, AttributeError) as error:
         raise BankError(
             f"{path} is not the list of a bank's files ({error!r}): torn or edited. Take it from a backup."
         ) from None
@@ -726,8 +827,13 @@ def _link(source: Path, target: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS):
             raise
-        with _disk(target):
+        try:
             shutil.copyfile(source, temporary)
+            with open(temporary, "rb") as copied:
+                os.fsync(copied.fileno())
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
     os.replace(temporary, target)
 
 

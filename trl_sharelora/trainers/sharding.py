@@ -7,13 +7,21 @@ nothing of a user's own part ever travels.
 
 import heapq
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler
 
-from ..errors import ConfigError
+from ..errors import AdapterMismatchError, ConfigError, UnsupportedError
+from ..sharelora.bank import ResidentBank
+from ..sharelora.model import Float32Linear
 
 
 USER_SHARDING = ("union", "owner")
@@ -136,3 +144,63 @@ class UserShards:
         place = self.process * len(user_index) + torch.arange(len(user_index), device=user_index.device)
         remainder = gradient_state.remainder if gradient_state.end_of_dataloader else -1
         return place < remainder if remainder > 0 else torch.ones_like(place, dtype=torch.bool)
+
+
+def prepare_fsdp(trainer: Any) -> None:
+    """Let FSDP2 shard the base and the shared factors, and keep the users' rows and the rewards out of it.
+
+    Called after the trainer's constructor and before accelerate wraps the model.
+
+    Raises:
+        UnsupportedError: naming what of FSDP cannot be used.
+    """
+    plugin = trainer.accelerator.state.fsdp_plugin
+    refused = {
+        "FSDP1 (fsdp_version: 1), which flattens trained and frozen parameters together": plugin.fsdp_version != 2,
+        "bank='resident': FSDP would shard the users' rows, and none would ever move": any(
+            isinstance(module, ResidentBank) for module in trainer.model.modules()
+        ),
+        "fsdp_activation_checkpointing: the saved adapter would lack its factors; use gradient_checkpointing=True": (
+            plugin.activation_checkpointing
+        ),
+        "fsdp_state_dict_type other than FULL_STATE_DICT: the adapter would not be saved": (
+            "FULL_STATE_DICT" not in str(plugin.state_dict_type)
+        ),
+        "fsdp_cpu_ram_efficient_loading: it takes every tensor for sharded": plugin.cpu_ram_efficient_loading,
+        "an 8-bit or 4-bit base, which is not tested with FSDP": (
+            getattr(trainer.model, "is_loaded_in_8bit", False) or getattr(trainer.model, "is_loaded_in_4bit", False)
+        ),
+    }
+    for what, came in refused.items():
+        if came:
+            raise UnsupportedError(
+                f"FSDP came with {what}. FSDP2 is supported for the base with ShareLoraConfig(bank='ram') or 'mmap' and the settings of "
+                "accelerate_configs/fsdp2.yaml; otherwise use multi_gpu.yaml (DDP)."
+            )
+    # accelerate's own policy would reduce gradients in bf16 and cast the rewards to it, where two that differ by less than .03
+    # are a tie
+    low = {"bf16": torch.bfloat16}.get(trainer.accelerator.mixed_precision)
+    plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
+    for module in trainer.model.modules():
+        if isinstance(module, Float32Linear):  # a unit of its own, without casts
+            fully_shard(module, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+
+
+def check_common_start(model: nn.Module, checkpoint: str | Path) -> None:
+    """Compare the frozen common start with a checkpoint's: FSDP's files leave frozen parameters out.
+
+    Raises:
+        AdapterMismatchError: they differ; every user would be computed from another A_0.
+    """
+    present = dict(model.named_parameters())
+    with safe_open(Path(checkpoint, SAFETENSORS_WEIGHTS_NAME), "pt") as file:
+        for key in file.keys():  # noqa: SIM118  not a mapping
+            if ".sharelora_common" not in key:
+                continue
+            parameter = present[key.replace(".weight", ".default.weight")]
+            here = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            if not torch.equal(here.detach().cpu().float(), file.get_tensor(key).float()):
+                raise AdapterMismatchError(
+                    f"{key} is another one in {checkpoint} than here, and FSDP does not load frozen parameters: the run was started with "
+                    "another seed or base. Resume with the same ones, or without FSDP."
+                )

@@ -16,6 +16,7 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import TrainerCallback
 
@@ -28,7 +29,7 @@ from ..sharelora.optimizer import ShareLoraAdamW
 from ..sharelora.routing import Route, get_router
 from ..sharelora.store import BANK_FOLDER
 from ..users import UserRegistry
-from .sharding import OwnerSampler, UserShards, balanced_owners
+from .sharding import OwnerSampler, UserShards, balanced_owners, check_common_start, prepare_fsdp
 
 
 logger = logging.getLogger(__name__)
@@ -176,11 +177,6 @@ class UserBatchesMixin:
     # -- after the parent's constructor -------------------------------------------------------------------------------------
 
     def _start_routing(self) -> None:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise UnsupportedError(
-                f"{type(self).__name__} is tested on one process and with DDP; DeepSpeed and FSDP are refused, because they shard "
-                "the users' rows and their optimiser. Launch with a plain accelerate config."
-            )
         self.router = get_router(self.model)
         self.data_collator = UserBatchCollator(self.data_collator)
         self.add_callback(_ForgetVisits(self.router))
@@ -196,10 +192,17 @@ class UserBatchesMixin:
 
         self._next_window: tuple[Any, ...] | None = None
         self._start_sharding()
+        if self.is_fsdp_enabled:
+            prepare_fsdp(self)
 
     def _start_sharding(self) -> None:
         processes, process = self.accelerator.num_processes, self.accelerator.process_index
         self._shards = UserShards(processes, process)
+        if self.router.working_sets and self.accelerator.mixed_precision == "fp16":
+            raise UnsupportedError(
+                "fp16 came with a bank in a store, whose gradients the gradient scaler does not see. Use bf16=True, or "
+                "ShareLoraConfig(bank='resident')."
+            )
         self._window_rows: list[int] = []
         working_sets = list(self.router.working_sets.values())
         for working_set in working_sets:
@@ -308,7 +311,12 @@ class UserBatchesMixin:
             square = self.accelerator.reduce(square, "sum")
         common = _whole(get_total_norm([parameter.grad for parameter in shared]))
         total = (common.double().square() + square.to(common.device)).sqrt().to(common.dtype)
-        clip_grads_with_norm_([*shared, *users], self.args.max_grad_norm, total)
+        plain = [parameter for parameter in shared if not isinstance(parameter.grad, DTensor)]
+        clip_grads_with_norm_([*plain, *users], self.args.max_grad_norm, total)
+        sharded = [parameter for parameter in shared if isinstance(parameter.grad, DTensor)]
+        for mesh in {parameter.grad.device_mesh for parameter in sharded}:
+            group = [parameter for parameter in sharded if parameter.grad.device_mesh == mesh]
+            clip_grads_with_norm_(group, self.args.max_grad_norm, DTensor.from_local(total, mesh))
         return total
 
     def _user_gradients(self) -> dict[torch.Tensor, torch.Tensor]:
@@ -452,7 +460,7 @@ class UserBatchesMixin:
             ]
             groups = [
                 {
-                    "params": [p for p in trainable.values() if id(p) in banks] + [w.weight for w in working_sets],
+                    "params": [p for p in trainable.values() if id(p) in banks],
                     "rowwise": True,
                     "weight_decay": args.user_weight_decay,
                 },
@@ -465,7 +473,10 @@ class UserBatchesMixin:
             ]
             _, kwargs = self.get_optimizer_cls_and_kwargs(args, model)
             self.optimizer = ShareLoraAdamW(
-                [{"rowwise": False, **group} for group in groups if group["params"]], self.router, **kwargs
+                [{"rowwise": False, **group} for group in groups if group["params"] or group.get("rowwise")],
+                self.router,
+                working_sets,
+                **kwargs,
             )
         return self.optimizer
 
@@ -484,7 +495,16 @@ class UserBatchesMixin:
             )
         self.users.registry_id = saved.registry_id
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.is_fsdp_enabled:
+            check_common_start(self.model, resume_from_checkpoint)
         self._load_banks(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.is_fsdp_enabled:
+            # torch's distributed checkpoints restore the learning rate of groups with parameters only
+            for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+                group["lr"] = rate
 
     def _load_best_model(self):
         super()._load_best_model()
