@@ -26,6 +26,8 @@ LEVELS = {
     "data": 2,
     "evaluation": 2,
     "export": 2,
+    "forget": 2,
+    "new_users": 2,
     "trainers": 3,
     "scripts": 4,
     "cli": 4,

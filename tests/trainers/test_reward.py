@@ -606,7 +606,9 @@ def test_a_nan_row_stops_the_run_names_its_user_and_reaches_nobody(tmp_path):
 def test_overrides_are_those_the_docstrings_name_and_fit_their_parents():
     """An override that TRL renames or reshapes would silently never be called."""
     named = {"_prepare_dataset", "_set_signature_columns_if_needed", "training_step", "log"}
-    named |= {"create_optimizer", "_load_from_checkpoint", "create_model_card"}
+    named |= {"create_optimizer", "_load_from_checkpoint", "_load_best_model", "create_model_card"}
+    named |= {"get_batch_samples", "_clip_grad_norm", "_load_optimizer_and_scheduler"}
+    named |= {"_get_train_sampler", "save_model", "evaluation_loop"}
     inherited = set(dir(RewardTrainer))
     methods = {name for name, value in vars(UserBatchesMixin).items() if inspect.isfunction(value)}
     assert methods & inherited == named
@@ -621,6 +623,12 @@ def test_overrides_are_those_the_docstrings_name_and_fit_their_parents():
         "log": ["self", "logs", "start_time"],
         "create_optimizer": ["self", "model"],
         "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+        "_load_best_model": ["self"],
+        "_load_optimizer_and_scheduler": ["self", "checkpoint"],
+        "get_batch_samples": ["self", "epoch_iterator", "num_batches", "device"],
+        "_clip_grad_norm": ["self", "model"],
+        "_get_train_sampler": ["self", "train_dataset"],
+        "save_model": ["self", "output_dir", "_internal_call"],
     }.items():
         assert list(inspect.signature(getattr(RewardTrainer, name)).parameters) == parameters, name
 

@@ -48,6 +48,33 @@ class ShareLoraScriptArguments(ScriptArguments):
     train_common: bool = field(
         default=False, metadata={"help": "Keep training the common start A_0 beside the users' own moves."}
     )
+    bank: Literal["auto", "resident", "ram", "mmap"] = field(
+        default="auto",
+        metadata={
+            "help": "Where the users' own parameters live: 'resident', Parameters; 'ram' or 'mmap', one record per user in memory "
+            "or in files, so that a step costs the same for a million users; 'auto', the first of them that fits."
+        },
+    )
+    bank_slots: int | None = field(
+        default=None,
+        metadata={
+            "help": "Users at a time beside the base, for 'ram' and 'mmap'; by default as many as a step needs."
+        },
+    )
+    bank_dtype: Literal["float32", "bfloat16"] = field(
+        default="float32",
+        metadata={
+            "help": "Of weights and first moments in the records; float32 loses nothing, bfloat16 saves a third."
+        },
+    )
+    bank_second_moment: Literal["full", "row"] = field(
+        default="full",
+        metadata={"help": "Adam's second moment in the records: per weight ('full') or per row of rank ('row')."},
+    )
+    bank_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder for the open file of 'mmap' while training; by default inside output_dir."},
+    )
 
 
 def get_sharelora_config(model_args: ModelConfig, script_args: ShareLoraScriptArguments) -> "ShareLoraConfig":
@@ -57,7 +84,7 @@ def get_sharelora_config(model_args: ModelConfig, script_args: ShareLoraScriptAr
         model_args ([`~trl.ModelConfig`]):
             Its `lora_*` fields and `use_rslora`. `use_peft` and `lora_task_type` need not be set.
         script_args ([`ShareLoraScriptArguments`]):
-            `share` and `train_common`.
+            `share`, `train_common` and the `bank` fields.
 
     Raises:
         UnsupportedError: for what a LoRA can be and this adapter cannot: `use_dora`, `lora_target_parameters`.
@@ -80,6 +107,11 @@ def get_sharelora_config(model_args: ModelConfig, script_args: ShareLoraScriptAr
         use_rslora=model_args.use_rslora,
         share=script_args.share,
         train_common=script_args.train_common,
+        bank=script_args.bank,
+        bank_slots=script_args.bank_slots,
+        bank_dtype=script_args.bank_dtype,
+        bank_second_moment=script_args.bank_second_moment,
+        bank_dir=script_args.bank_dir,
     )
 
 

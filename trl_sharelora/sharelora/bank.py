@@ -31,6 +31,17 @@ from .sandwich import Rows
 from .store import BANK_FOLDER, Layout, UserStore, moves_by_module, remove_unnamed
 
 
+def runs_of(places: Iterable[int]) -> list[tuple[int, int]]:
+    """Neighbours taken together, so that they can be views: `[1, 2, 3, 7]` -> `[(1, 4), (7, 8)]`."""
+    runs: list[list[int]] = []
+    for place in places:
+        if runs and runs[-1][1] == place:
+            runs[-1][1] = place + 1
+        else:
+            runs.append([place, place + 1])
+    return [(start, end) for start, end in runs]
+
+
 class ResidentBank(nn.Module):
     """The moves D_u of all users for one module, in memory.
 
@@ -103,7 +114,8 @@ class SlotBank(nn.Module):
                 "A route was opened before this adapter's bank was there, or by another model. Open it with "
                 "use_users(model, ids) on the model that is called."
             )
-        lease.check()
+        if not torch.compiler.is_compiling():  # it looks at the host's arrays; the route pins the slots
+            lease.renew()
         # unseen users read slot 0, which is always zero
         moves = working_set.module(self.number, self.trainable)
         return Rows(moves, common, lease.slot, None, lease, self.number)
@@ -114,7 +126,9 @@ class SlotBank(nn.Module):
         return self.working_set.moves(row)[self.working_set.layout.modules[self.number][0]]
 
     def grow(self, num_users: int) -> None:
-        """Nothing to do: a user's record is made at his first step."""
+        """Allow their rows; a user's record is made at his first step."""
+        if self.working_set is not None:
+            self.working_set.store.num_users = num_users
 
     def requires_grad_(self, requires_grad: bool = True) -> "SlotBank":
         self.trainable = requires_grad
@@ -139,12 +153,24 @@ class Lease:
         self.inverse = torch.from_numpy(inverse).to(device)  # (batch,) place in `each`
         self.slot = self.each[self.inverse]  # (batch,) int64
         self.slots = each[each > 0]  # on the host
-        slots = self.slots
-        self.versions = working_set.versions[slots]
+        self.users = working_set.users_in(self.slots)
+        self.versions = working_set.versions[self.slots]
 
-    def check(self) -> None:
-        """Raises RoutingError if a slot was changed since."""
-        if not np.array_equal(self.working_set.versions[self.slots], self.versions):
+    def renew(self) -> None:
+        """A forward begins: an optimizer step since the last one, inside the same route, is no matter.
+
+        Raises:
+            RoutingError: a slot belongs to another user now, or this is the recomputation of a forward before a change.
+        """
+        versions = self.working_set.versions[self.slots]
+        if not np.array_equal(versions, self.versions):
+            if torch._C._current_graph_task_id() != -1 or self.working_set.users_in(self.slots) != self.users:
+                self.check(self.versions)
+            self.versions = versions
+
+    def check(self, versions: np.ndarray) -> None:
+        """Raises RoutingError if a slot was changed since it had this version."""
+        if not np.array_equal(self.working_set.versions[self.slots], versions):
             raise RoutingError(
                 "A row of the working set has changed between a forward and its backward: an optimizer step was taken, or the slot was "
                 "given to another user. Do the backward before the step; for a backward outside of training mode keep "
@@ -218,6 +244,7 @@ class WorkingSet:
         copy = WorkingSet(
             self.name, self.layout, self.store.snapshot(), self.slots if self.fixed else None, self.weight.device
         )
+        copy.owned = self.owned
         memo[id(self)] = copy
         return copy
 
@@ -243,11 +270,12 @@ class WorkingSet:
         self.gradient = change(self.gradient)
         self.weight.grad = self.gradient
         self.exp_avg, self.exp_avg_sq = change(self.exp_avg), change(self.exp_avg_sq)
-        self._leaves = []
+        leaves = []
         for (start, end), (_, shape) in zip(self.spans, self.layout.modules, strict=True):
             leaf = self.weight.detach()[:, start:end].unflatten(1, shape).requires_grad_()
             leaf.grad = self.gradient[:, start:end].unflatten(1, shape)
-            self._leaves.append(leaf)
+            leaves.append(leaf)
+        self._leaves = leaves  # at once: another thread may be in a forward
 
     def module(self, number: int, trainable: bool = True) -> torch.Tensor:
         """`(slots + 1, *shape)`: one module's moves, a view of all; its `.grad` is a view of the gradient."""
@@ -298,6 +326,12 @@ class WorkingSet:
         with self._lock:
             self._held.update(lease.slots.tolist())
 
+    def zero_gradient(self) -> None:
+        """What an optimizer's `zero_grad` does: pending gradients are zero again, and stay where the layers add to them."""
+        with self._lock:
+            self.gradient.zero_()
+            self.weight.grad = self.gradient
+
     def let_go(self) -> None:
         """The step is done, or given up; pending gradients are zero again."""
         with self._lock:
@@ -321,6 +355,7 @@ class WorkingSet:
         on_device = at.to(self.weight.device)
         for target, source in ((self.weight.data, weight), (self.exp_avg, exp_avg), (self.exp_avg_sq, exp_avg_sq)):
             target[on_device] = source.to(target.device).to(target.dtype)
+        self.gradient[on_device] = 0  # a backward in eval mode may have left one to the user before
         self.versions[slots] += 1
         for row, slot in zip(missing, slots, strict=True):
             self._slot_of[row] = slot
@@ -372,22 +407,20 @@ class WorkingSet:
     def prefetch(self, rows: Iterable[int]) -> None:
         """Start to read the users of the next window, on a thread of its own."""
         with self._lock:
-            missing = [row for row in dict.fromkeys(rows) if row >= 0 and row not in self._slot_of]
-        # a user without a record is zeros: nothing to read
-        missing = [row for row in missing if row in self.store]
-        if not missing:
+            # a user without a record is zeros: nothing to read
+            missing = [row for row in dict.fromkeys(rows) if row not in self._slot_of and row in self.store]
             self._ahead = None
-            return
-        if self._reader is None:
-            self._reader = ThreadPoolExecutor(1, thread_name_prefix="sharelora-bank")
-        self._ahead = self._reader.submit(self._read_ahead, missing)
+            if missing:
+                if self._reader is None:
+                    self._reader = ThreadPoolExecutor(1, thread_name_prefix="sharelora-bank")
+                self._ahead = self._reader.submit(self._read_ahead, missing)
 
     def _read_ahead(self, rows: list[int]) -> dict[int, torch.Tensor]:
         return dict(zip(rows, self.store.read(rows), strict=True))
 
     def _records(self, rows: list[int]) -> torch.Tensor:
-        ahead = {} if self._ahead is None else self._ahead.result()  # a damaged record raises here
-        self._ahead = None
+        pending, self._ahead = self._ahead, None
+        ahead = {} if pending is None else pending.result()  # a damaged record raises here
         if all(row in ahead for row in rows) and rows:
             return torch.stack([ahead[row] for row in rows])
         records = torch.zeros(len(rows), self.layout.record_bytes, dtype=torch.uint8)
@@ -415,9 +448,24 @@ class WorkingSet:
         """Those of some rows that this process keeps."""
         return list(rows) if self.owned is None else [row for row in rows if self.owned[row]]
 
+    def users_in(self, slots: Iterable[int]) -> list[int]:
+        """Rows of the users in some slots, -1 for a free one."""
+        return [self._user_of[slot] for slot in slots]
+
     def slots_of(self, rows: Sequence[int]) -> list[int]:
-        """Slots of users that are in."""
+        """Slots of users that are in.
+
+        Raises:
+            RoutingError: one of them is not.
+        """
         with self._lock:
+            missing = [row for row in rows if row not in self._slot_of]
+            if missing:
+                raise RoutingError(
+                    f"The users of rows {missing[:5]} had data in this step but are not in the working set: they were seen by another "
+                    "process only. Before the first forward of a step call working_set.hold(rows) with the users of all processes, "
+                    "as the trainers do."
+                )
             return [self._slot_of[row] for row in rows]
 
     def stepped(self, slots: Sequence[int]) -> None:

@@ -61,7 +61,12 @@ class ShareLoraAdamW(torch.optim.AdamW):
         rows = self.router.take_visited()
         # with a gradient scaler in the kernel (fp16), infinite gradients are the scaler's to skip
         if getattr(self, "found_inf", None) is None:
-            self._check_gradients(rows)
+            try:
+                self._check_gradients(rows)
+            except NonFiniteError:  # given up: the gradients must not be in the next step
+                for pending in self.router.working_sets.values():
+                    pending.let_go()
+                raise
 
         # AdamW passes over parameters without a gradient: take the users' away, step the rest, then step their rows.
         users = [(parameter, parameter.grad, group) for parameter, group in self._all() if group.get("rowwise")]
@@ -83,6 +88,12 @@ class ShareLoraAdamW(torch.optim.AdamW):
         for working_set in self.router.working_sets.values():
             working_set.let_go()
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Zero or drop all gradients; those of a working set are zeroed in place, where the layers add to them."""
+        super().zero_grad(set_to_none)
+        for working_set in self.router.working_sets.values():
+            working_set.zero_gradient()
 
     def _all(self) -> list[tuple[torch.Tensor, dict]]:
         """Everything that is stepped, with its group."""
@@ -117,7 +128,7 @@ class ShareLoraAdamW(torch.optim.AdamW):
     def _step_slots(self, working_set: WorkingSet, rows: list[int], group: dict, in_blocks: bool) -> None:
         slots = sorted(working_set.slots_of(working_set.mine(rows)))
         if working_set.layout.second_moment == "row":
-            _adamw_rows_of_rank(working_set, slots, group)
+            _adamw_rows_of_rank(working_set, slots, group, self)
         else:
             tensors = [working_set.weight.data, working_set.gradient, working_set.exp_avg, working_set.exp_avg_sq]
             _adamw_rows(tensors, working_set.step, slots, group, in_blocks, self)
@@ -231,13 +242,18 @@ def _adamw_rows(
         step[rows] += 1
 
 
-def _adamw_rows_of_rank(working_set: WorkingSet, slots: list[int], group: dict) -> None:
+def _adamw_rows_of_rank(working_set: WorkingSet, slots: list[int], group: dict, optimizer: ShareLoraAdamW) -> None:
     """AdamW with one second moment per row of rank: the mean of the squared gradients of that row."""
+    # a gradient scaler's (fp16), which torch's kernel heeds by itself
+    grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+    if found_inf is not None and found_inf:
+        return
     at = torch.tensor(slots, device=working_set.weight.device)
     beta1, beta2 = group["betas"]
     working_set.step[slots] += 1
     step = working_set.step[slots].to(working_set.weight.device).unsqueeze(1).double()
     gradient = working_set.gradient[at]
+    gradient = gradient if grad_scale is None else gradient / grad_scale.to(gradient.device)
     gradient = -gradient if group["maximize"] else gradient
     weight = working_set.weight.data[at].mul_(1 - group["lr"] * group["weight_decay"])
     first = working_set.exp_avg[at].lerp_(gradient, 1 - beta1)

@@ -65,6 +65,7 @@ class _Function(torch.autograd.Function):
         moves = [rows.moves] if rows.lease is None else []
         ctx.save_for_backward(rows.common, *others, *moves)
         ctx.rest = rows[2:]
+        ctx.versions = None if rows.lease is None else rows.lease.versions
 
     @staticmethod
     def kept(ctx) -> tuple:
@@ -72,7 +73,7 @@ class _Function(torch.autograd.Function):
         if lease is None:
             common, *others, moves = ctx.saved_tensors
         else:
-            lease.check()
+            lease.check(ctx.versions)
             moves, (common, *others) = lease.working_set.module(number), ctx.saved_tensors
         rows = Rows(moves, common, *ctx.rest)
         return rows, *others
@@ -109,7 +110,7 @@ class ShrinkOwn(_Function):
     @once_differentiable
     def backward(ctx, dx, dh):
         if dh is None:
-            return dx, *[None] * 10
+            return dx, *[None] * 9
         rows, x = _Function.kept(ctx)
         needs_x, needs_moves, needs_common = ctx.needs_input_grad[:3]
         dh = dh * ctx.scaling
@@ -118,7 +119,7 @@ class ShrinkOwn(_Function):
         moves = common = None
         if needs_moves or needs_common:
             moves, common = _spread(rows, torch.bmm(dh.mT, _three(x).to(ctx.dtype)), needs_moves, needs_common)
-        return dx if needs_x else None, moves, common, *[None] * 8
+        return dx if needs_x else None, moves, common, *[None] * 7
 
 
 class ShrinkShared(torch.autograd.Function):

@@ -299,6 +299,7 @@ class UserStore:
         # per row, grown as rows come: which segment holds it (-1 none, -2 changed since the last save) and where in it
         self._where = np.empty((0, 2), dtype=np.int32)
         self._open: _OpenSegment | None = None
+        self._last = 0  # number of the last file
         self._folder: _WorkingFolder | None = None
         self._wanted_folder = folder
         self._memory = _Memory(layout.record_bytes) if kind == "ram" else None
@@ -379,9 +380,10 @@ class UserStore:
             self._where = np.concatenate([self._where, np.full((missing, 2), -1, dtype=np.int32)])
 
     def _new_segment(self, folder: Path) -> _OpenSegment:
-        number = 1 + max((int(segment.path.name.split("-")[1]) for segment in self.segments), default=0)
+        # never one that was there before: another process may still have that file, and the higher number is in force
+        self._last += 1
         # the random part: a run that went on from an older checkpoint writes the same numbers again
-        name = f"rows-{number:06d}-{secrets.token_hex(4)}.safetensors"
+        name = f"rows-{self._last:06d}-{secrets.token_hex(4)}.safetensors"
         return _OpenSegment(folder / name, self.layout.record_bytes)
 
     def work_in(self, folder: str | os.PathLike) -> None:
@@ -507,21 +509,22 @@ class UserStore:
             "num_users": num_users,
             "record_bytes": self.layout.record_bytes,
             "layout": self.layout.to_json(),
-            "segments": segments,
+            # in the order in which they overrule each other, also where they come from several processes
+            "segments": sorted(segments, key=lambda segment: _number(segment["file"])),
         }
         path = Path(directory) / MANIFEST
         temporary = path.with_suffix(".json.tmp")
-        try:
-            with _disk(path), open(temporary, "w", encoding="utf-8") as file:
-                json.dump(content, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)  # the segments' names before the list that names them
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        with _disk(path):
+            try:
+                with open(temporary, "w", encoding="utf-8") as file:
+                    json.dump(content, file, indent=1)
+                    file.flush()
+                    os.fsync(file.fileno())
+                _sync_folder(path.parent)  # the segments' names before the list that names them
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+            _sync_folder(path.parent)
 
     def save(self, directory: str | os.PathLike, num_users: int) -> None:
         """[`save_segments`] and [`write_manifest`]; files of earlier saves into the same folder are removed at the end."""
@@ -579,6 +582,7 @@ class UserStore:
                 self._open.abandon()
                 self._open = None
             self._where, self.segments, self.num_users = where, segments, num_users
+            self._last = max([self._last, *(_number(segment.path.name) for segment in segments)])
             if self.kind == "ram":
                 self._memory = _Memory(self.layout.record_bytes)
                 for row in rows:
@@ -702,6 +706,10 @@ def _same_file(file: Any, path: Path) -> bool:
         return False
 
 
+def _number(name: str) -> int:
+    return int(name.split("-")[1])
+
+
 def _sync_folder(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
@@ -759,6 +767,19 @@ def remove_unnamed(directory: str | os.PathLike, segments: Iterable[dict[str, An
     for path in Path(directory).glob("rows-*.safetensors"):
         if path.name not in named:
             path.unlink()
+
+
+def clear_working_folders(directory: str | os.PathLike) -> None:
+    """Remove what killed runs have left in the folders they worked in.
+
+    Raises:
+        BankBusyError: a run is still at work in one of them; nothing is removed.
+    """
+    folders = [_WorkingFolder(lock.parent) for lock in sorted(Path(directory).glob("*/lock"))]
+    for folder in folders:
+        folder.remove()
+    if Path(directory).is_dir():  # also what the processes lent each other
+        shutil.rmtree(directory)
 
 
 def erase_row(directory: str | os.PathLike, row: int) -> int:

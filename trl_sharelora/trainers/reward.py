@@ -23,8 +23,9 @@ class ShareLoraRewardTrainer(UserBatchesMixin, RewardTrainer):
     (https://huggingface.co/papers/2503.19201).
 
     It overrides of RewardTrainer: `__init__` (the users), `compute_loss` (the route, the rewards for exact metrics), and
-    those of [`UserBatchesMixin`]: `_prepare_dataset`, `_set_signature_columns_if_needed`, `training_step`, `log`,
-    `create_optimizer`, `_load_from_checkpoint`, `create_model_card`.
+    those of [`UserBatchesMixin`]: `_prepare_dataset`, `_set_signature_columns_if_needed`, `get_batch_samples`,
+    `_get_train_sampler`, `training_step`, `_clip_grad_norm`, `log`, `create_optimizer`, `_load_from_checkpoint`,
+    `_load_optimizer_and_scheduler`, `_load_best_model`, `save_model`, `evaluation_loop`, `create_model_card`.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):

@@ -17,13 +17,14 @@ from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.linalg import vector_norm
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import TrainerCallback
 
 from ..data import check_long_rows, check_preference_rows, check_row
 from ..errors import AdapterMismatchError, ConfigError, DataError, NonFiniteError, UnknownUserError, UnsupportedError
 from ..evaluation import per_user_table
-from ..sharelora.bank import ResidentBank, WorkingSet
+from ..sharelora.bank import ResidentBank, WorkingSet, runs_of
 from ..sharelora.config import ShareLoraConfig
 from ..sharelora.optimizer import ShareLoraAdamW
 from ..sharelora.routing import Route, get_router
@@ -74,10 +75,10 @@ class UserBatchesMixin:
     """Overrides of TRL's preference trainers that personalise them; goes before the TRL trainer in a class statement.
 
     `_prepare_dataset`, `_set_signature_columns_if_needed` (the user column), `get_batch_samples` (the users of a step),
-    `training_step` (the route), `log` (exact metrics), `create_optimizer` (rows of users with data), `_load_from_checkpoint` and
-    `_load_best_model` (same users, their records), `create_model_card` (how to use it); `_clip_grad_norm`
-    (one norm over shared part and users); with `user_sharding="owner"` also `_get_train_sampler`, `save_model`
-    and `evaluation_loop`. Everything else is the parent's.
+    `training_step` (the route), `_clip_grad_norm` (one norm over shared part and users), `log` (exact metrics),
+    `create_optimizer` (rows of users with data), `_load_from_checkpoint`, `_load_best_model` (same users, their records),
+    `create_model_card` (how to use it). With `user_sharding="owner"` also `_get_train_sampler`, `save_model`, `evaluation_loop`;
+    under FSDP also `_load_optimizer_and_scheduler`. Everything else is the parent's.
     """
 
     _tag_names: list[str]
@@ -299,13 +300,9 @@ class UserBatchesMixin:
     def _clip_grad_norm(self, model):
         """One norm over the shared part and the users with data, wherever these rest, and on all processes the same."""
         self.accelerator.unscale_gradients()
-        users = self._user_gradients()
+        users, square = self._user_gradients()
         banks = {id(parameter) for parameter in users}
         shared = [p for p in model.parameters() if p.grad is not None and id(p) not in banks]
-        # in float64, so that no order of summing shows
-        square = sum(
-            (gradient.double().square().sum() for gradient in users.values()), torch.zeros((), device=self.args.device)
-        )
         if self._shards.owners is not None:
             # each process has other rows: with its own norm it would scale the shared part its own way
             square = self.accelerator.reduce(square, "sum")
@@ -319,16 +316,25 @@ class UserBatchesMixin:
             clip_grads_with_norm_(group, self.args.max_grad_norm, DTensor.from_local(total, mesh))
         return total
 
-    def _user_gradients(self) -> dict[torch.Tensor, torch.Tensor]:
-        """The rows of users with data in this step, of each Parameter or working set that has a gradient."""
-        gradients: dict[torch.Tensor, torch.Tensor] = {}
-        rows = self._window_rows
+    def _user_gradients(self) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """The Parameters and working sets with gradients of users, and the squared norm of those of this step.
+
+        Row by row and module by module, added up in float64: the same number bit by bit wherever the rows rest.
+        """
+        tensors: list[torch.Tensor] = []
+        norms: list[torch.Tensor] = []
+        runs = runs_of(self._window_rows)
         for module in self.model.modules():
             if isinstance(module, ResidentBank) and module.weight.grad is not None:
-                gradients[module.weight] = module.weight.grad[rows]
+                tensors.append(module.weight)
+                norms += [vector_norm(module.weight.grad[start:end].flatten(1), dim=1) for start, end in runs]
         for working_set in self.router.working_sets.values():
-            gradients[working_set.weight] = working_set.gradient[working_set.held()]
-        return gradients
+            tensors.append(working_set.weight)
+            for start, end in runs_of(working_set.held()):
+                gradient = working_set.gradient[start:end]
+                norms += [vector_norm(gradient[:, first:last], dim=1) for first, last in working_set.spans]
+        square = torch.cat(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64)
+        return tensors, square.to(self.args.device)
 
     def _tiled_route(self, user_index: torch.Tensor) -> Route:
         """The route of a preference batch `[chosen; rejected]` of these users."""
