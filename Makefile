@@ -52,7 +52,7 @@ format: $(READY) ## put style and format right
 	$(PY) -m ruff check --fix $(SOURCES)
 	$(PY) -m ruff format $(SOURCES)
 
-bench: $(READY) ## time of a training step against plain LoRA
+bench: $(READY) ## the speed table: asked, measured with quartiles, pass or miss; about six minutes
 	$(TESTING) $(PY) benchmarks/step_time.py $(ARGS)
 
 clean: ## remove what tools left behind (not .venv)

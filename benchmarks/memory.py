@@ -13,6 +13,8 @@ allocations and releases of torch's profiler are added up in order; on a GPU it 
 """
 
 import argparse
+import os
+import sys
 
 import common  # first: it sets the number of threads
 import torch
@@ -44,8 +46,16 @@ def peak_bytes(work, device: str) -> int:
         work()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work()
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)  # the profiler announces its start and stop there
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            work()
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
     changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = most = 0
     for change in sorted(changes, key=lambda event: event.start_ns()):

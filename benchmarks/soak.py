@@ -5,7 +5,7 @@
 
 A tiny Llama is trained through `Trainer.train`, with saves and all. Each step has 8 users, drawn from all by Zipf's law (a few come
 often, most rarely or never) or uniformly. Printed are, per 100 steps, the CPU time of a step and the resident memory, then the
-slope of both with its 95 % interval over the blocks. The first fifth of the steps is left out of the fit: libraries fill their caches
+slope of both with its 95 % interval over the blocks. The first half of the steps is left out of the fit: libraries fill their caches
 then. A checkpoint is saved every `--save-steps` steps; it shall write the users who changed since the last one, not all, and its bytes say
 whether it does.
 """
@@ -113,7 +113,7 @@ def soak(steps: int, users: int, visits: str, save_steps: int, block: int = 100,
         print(f"  {at + 1:>6,} - {at + block:<6,} {ms:>10.1f} {mb:>14.1f}")
     result = {"steps": steps, "users": users, "visits": visits, "minutes": round(minutes, 2)}
     for name, values, unit in (("CPU time", milliseconds, "ms"), ("resident memory", megabytes, "MB")):
-        fitted = values[len(values) // 5 :]
+        fitted = values[len(values) // 2 :]
         if len(fitted) < 3:
             print(f"{name}: too few blocks for a slope")
             continue

@@ -34,7 +34,7 @@ BOB = 1
 
 def train(directory, kind, share="B", **overrides):
     rows = preference_rows(users=USERS, n=12)
-    settings = dict(max_steps=4, save_steps=2, per_device_train_batch_size=2, learning_rate=1e-2, logging_steps=1)
+    settings = dict(max_steps=12, save_steps=6, per_device_train_batch_size=2, learning_rate=1e-2, logging_steps=1)
     trainer = ShareLoraRewardTrainer(
         tiny_model(),
         ShareLoraRewardConfig(
@@ -42,7 +42,9 @@ def train(directory, kind, share="B", **overrides):
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=tiny_tokenizer(),
-        peft_config=ShareLoraConfig(r=4, target_modules=["q_proj", "down_proj"], bank=kind, share=share),
+        peft_config=ShareLoraConfig(
+            r=4, target_modules=["q_proj", "down_proj"], bank=kind, share=share, init_lora_weights=False
+        ),
     )
     trainer.train()
     trainer.save_model()
@@ -67,7 +69,8 @@ def personal(directory, share):
     """A user's row of each module by name, from the tensors file or the bank: `(users, ...)`."""
     factor = {"B": "A", "A": "B"}.get(share, "C")
     tensors = load_file(directory / "adapter_model.safetensors")
-    return {n: t for n, t in tensors.items() if f"sharelora_{factor}.weight" in n}
+    # copies: safetensors maps the file
+    return {n: t.clone() for n, t in tensors.items() if f"sharelora_{factor}.weight" in n}
 
 
 @pytest.mark.parametrize(("kind", "share"), [*((kind, "B") for kind in KINDS), *(("resident", s) for s in SHARES[1:])])
@@ -249,7 +252,10 @@ def bank_of(model, rows):
             for row in rows
         ]
     return [
-        module.bank("default").weight[row] for module in model.modules() if hasattr(module, "bank") for row in rows
+        module.bank("default").weight.detach()[row]
+        for module in model.modules()
+        if hasattr(module, "bank")
+        for row in rows
     ]
 
 

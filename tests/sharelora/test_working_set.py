@@ -23,7 +23,7 @@ from trl_sharelora.errors import (
 )
 from trl_sharelora.sharelora import Layout, Router, ShareLoraAdamW, ShareLoraLayer, UserStore, WorkingSet, get_router
 
-from .reference import SHARES, batch, randomise, share_config
+from .reference import SHARES, batch, randomise, relative_error, share_config
 
 
 USERS = [f"user{number}" for number in range(8)]
@@ -51,7 +51,7 @@ def models(share="B", seed=3, layers=("q_proj", "down_proj"), **store):
         config = share_config(share=share, users=list(USERS), target_modules=list(layers), **bank)
         pair.append(randomise(get_peft_model(tiny_model(), config), seed).train())
     resident, stored = pair
-    shared = {n: p for n, p in resident.named_parameters()}
+    shared = dict(resident.named_parameters())
     with torch.no_grad():
         for name, parameter in stored.named_parameters():
             parameter.copy_(shared[name])
@@ -178,7 +178,7 @@ def test_a_full_disk_while_a_user_makes_room_keeps_him_in(monkeypatch):
 def test_new_users_while_a_graph_is_pending(share):
     """Slots are not fixed: they grow between a forward and its backward, and the gradients are those of a resident bank."""
     resident, stored = models(share)
-    graphs = []
+    graphs, gradients = [], []
     for model in (resident, stored):
         optimizer = optimizer_of(model)
         first = loss_of(model, [USERS[1], USERS[0], USERS[1]])
@@ -187,20 +187,15 @@ def test_new_users_while_a_graph_is_pending(share):
         graphs.append((first, second, third))
         for loss in (second, first, third):
             loss.backward()
-        if model is stored:
+        if model is resident:
+            each = [torch.cat([bank.weight.grad[row].flatten() for bank in banks(model)]) for row in range(8)]
+            gradients.append(torch.stack(each))
+        else:
             working_set = get_router(stored).working_sets["default"]
             assert working_set.slots >= 8
-            gradient = working_set.gradient[working_set.slots_of(range(8))]
-            expected = torch.stack(
-                [torch.cat([b.weight.grad[row].flatten() for b in banks(resident_model)]) for row in range(8)]
-            )
-            torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-8)
-            assert expected.flatten(1).any(1).all()
-        else:
-            resident_model = copy.deepcopy(resident)
-            for one, other in zip(resident_model.parameters(), resident.parameters(), strict=True):
-                one.grad = None if other.grad is None else other.grad.clone()
+            gradients.append(working_set.gradient[working_set.slots_of(range(8))].clone())
         optimizer.step()
+    assert torch.equal(*gradients) and gradients[0].any(1).all()
     for one, other in zip(*graphs, strict=True):
         assert torch.equal(one, other)
     assert_same_users(resident, stored)
@@ -227,7 +222,7 @@ def test_a_loop_of_ones_own_trains_as_with_a_resident_bank(share, dtype):
         assert_same_users(resident, stored)
     else:
         for row in range(8):
-            torch.testing.assert_close(user_row(stored, row), user_row(resident, row), rtol=0.02, atol=2e-3)
+            assert relative_error(user_row(stored, row), user_row(resident, row)) < 0.01
 
 
 def test_a_gradient_of_an_evaluation_is_nobodys():
@@ -267,9 +262,15 @@ def test_a_step_that_was_refused_leaves_nothing_behind(bad):
 # -- what is not as it was
 
 
+def only_users(model):
+    """An optimiser of the rows alone: of a shared Parameter that was stepped torch itself complains."""
+    working_set = get_router(model).working_sets["default"]
+    return ShareLoraAdamW([{"params": [working_set.weight], "rowwise": True}], get_router(model), lr=1e-2)
+
+
 def test_a_step_between_a_forward_and_its_backward_raises():
     _, stored = models()
-    optimizer = optimizer_of(stored)
+    optimizer = only_users(stored)
     who = [USERS[0], USERS[1]]
     with use_users(stored, who):
         early = stored(**batch(rows=2)).logits.sum()
@@ -287,7 +288,7 @@ def test_a_step_before_a_recomputation_raises(use_reentrant):
     _, stored = models()
     stored.enable_input_require_grads()
     stored.base_model.model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
-    optimizer = optimizer_of(stored)
+    optimizer = only_users(stored)
     early = loss_of(stored, [USERS[0], USERS[1]])
     loss_of(stored, [USERS[0], USERS[1]], seed=1).backward()
     optimizer.step()
@@ -472,21 +473,21 @@ def test_casting_a_model_leaves_the_users_in_float32(cast):
     cast(stored.get_base_model().model)
 
 
-def test_the_working_set_can_move():
-    """To another device and back, with gradients pending; 'meta' stands for an accelerator."""
-    working_set = make_set(slots=2)
-    fill(working_set, [0, 1])
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
+def test_the_working_set_moves_beside_the_base():
+    """With gradients pending; the optimiser's tensor stays the same object."""
+    resident, stored = models(bank_slots=3)
+    device = torch.accelerator.current_accelerator()
+    working_set = get_router(stored).working_sets["default"]
     working_set.hold([0, 1])
-    parameter = working_set.weight
     working_set.gradient[1:] = 3.0
-    before = [tensor.clone() for tensor in (working_set.weight.data, working_set.gradient)]
-    assert working_set.to("cpu").weight is parameter
-    assert all(torch.equal(x, y) for x, y in zip(before, (working_set.weight.data, working_set.gradient), strict=True))
-    working_set.to("meta")
-    assert working_set.weight is parameter and parameter.grad is working_set.gradient
-    assert {
-        t.device.type for t in (working_set.weight, working_set.gradient, working_set.exp_avg, *working_set._leaves)
-    } == {"meta"}
+    parameter, before = working_set.weight, working_set.gradient.clone()
+    stored.to(device)
+    assert working_set.weight is parameter and parameter.device.type == device.type
+    assert torch.equal(working_set.gradient.cpu(), before) and parameter.grad is working_set.gradient
+    working_set.let_go()
+    assert_same_users(resident, stored.cpu())
 
 
 # -- who must not move

@@ -14,7 +14,9 @@ and beside it the gradients, moments and step counts. Users are paged in before 
 for another, or at a checkpoint. A user with a pending gradient, or in an open route, stays.
 """
 
+import functools
 import threading
+import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -60,11 +62,15 @@ class ResidentBank(nn.Module):
 
     def rows(self, route: Route, common: torch.Tensor) -> Rows:
         """What the layer computes a batch with."""
-        index = route.user_index.to(self.weight.device)
+        device = self.weight.device
+        if not torch.compiler.is_compiling() and route.each is not None and route.inverse is not None:
+            return Rows(self.weight, common, route.each.to(device), route.inverse.to(device))
+        # one entry per row: of a compiled graph, because it must not depend on the number of users
+        index = route.user_index.to(device)
         if not route.has_unseen:
-            return Rows(self.weight, common, index, None, None)
+            return Rows(self.weight, common, index, None)
         seen = (index >= 0).to(self.weight.dtype).reshape(-1, *[1] * (self.weight.ndim - 1))
-        return Rows(self.weight, common, index.clamp(min=0), seen, None)
+        return Rows(self.weight, common, index.clamp(min=0), None, seen)
 
     def move(self, row: int) -> torch.Tensor:
         """D_u of one user, `(*shape)`."""
@@ -118,7 +124,9 @@ class SlotBank(nn.Module):
             lease.renew()
         # unseen users read slot 0, which is always zero
         moves = working_set.module(self.number, self.trainable)
-        return Rows(moves, common, lease.slot, None, lease, self.number)
+        if torch.compiler.is_compiling():
+            return Rows(moves, common, lease.slot, None, None, lease, self.number)
+        return Rows(moves, common, lease.each, lease.inverse, None, lease, self.number)
 
     def move(self, row: int) -> torch.Tensor:
         """D_u of one user, `(*shape)`; reads one record if he is not in the working set."""
@@ -267,13 +275,18 @@ class WorkingSet:
     def _replace(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.weight.grad = None
         self.weight.data = change(self.weight.data)  # .data keeps the tensor that the optimizer holds
-        self.gradient = change(self.gradient)
+        before, self.gradient = self.gradient, change(self.gradient)
+        if self.gradient is not before:
+            before.zero_()  # what comes to it later is passed on
         self.weight.grad = self.gradient
         self.exp_avg, self.exp_avg_sq = change(self.exp_avg), change(self.exp_avg_sq)
-        leaves = []
+        leaves: list[torch.Tensor] = []
         for (start, end), (_, shape) in zip(self.spans, self.layout.modules, strict=True):
             leaf = self.weight.detach()[:, start:end].unflatten(1, shape).requires_grad_()
             leaf.grad = self.gradient[:, start:end].unflatten(1, shape)
+            leaf.register_post_accumulate_grad_hook(
+                functools.partial(_pass_on_gradient, weakref.ref(self), len(leaves))
+            )
             leaves.append(leaf)
         self._leaves = leaves  # at once: another thread may be in a forward
 
@@ -537,3 +550,13 @@ class WorkingSet:
         if self.owned is not None:
             self.store.keep_only(self.owned)
         self.forget_slots()
+
+
+def _pass_on_gradient(working_set: weakref.ref[WorkingSet], number: int, leaf: torch.Tensor) -> None:
+    """Compiled code adds to the leaf of its forward; the Functions of sandwich.py look for the one there is now."""
+    owner = working_set()
+    if owner is not None and leaf.grad is not None and owner._leaves[number] is not leaf:
+        now = owner._leaves[number].grad
+        assert now is not None
+        now[: len(leaf)] += leaf.grad.to(now.device)
+        leaf.grad.zero_()

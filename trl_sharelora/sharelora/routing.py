@@ -41,6 +41,9 @@ class Route(NamedTuple):
     has_unseen: bool
     # per adapter with a bank in a store: the slots of its working set that hold these users; there while the route is open
     leases: "Mapping[str, Lease]" = _NO_LEASES
+    # the users, each once and in order, and the place of each row's user among them; of an open route without unseen users
+    each: torch.Tensor | None = None
+    inverse: torch.Tensor | None = None
 
 
 class Router:
@@ -143,6 +146,9 @@ class Router:
         thread = threading.get_ident()
         before = self._routes.get(thread)
         with ExitStack() as stack:
+            if route.each is None and not route.has_unseen:
+                each, inverse = route.user_index.unique(return_inverse=True)
+                route = route._replace(each=each, inverse=inverse)
             if self.working_sets and not route.leases:
                 leases = {}
                 for name, working_set in self.working_sets.items():

@@ -5,7 +5,7 @@ An adapter's cost is passes over memory, not products. Two custom Functions save
 - `Expand` adds `B h` into the base's fresh output instead of making a second one and adding the two.
 - `Shrink` hands x to the base itself, so its node runs *after* the base's in the backward and adds `A_u' dh` into the base's
   fresh dx in place.
-- x is kept once; the users' factors, gathered per row of the batch, are gathered again in the backward instead of kept.
+- x is kept once. The users' factors are put together once per user and module, not per row of the batch.
 - The gradients of the users' rows are summed in float32 straight into the working set, where there is one.
 
 The base is opaque: float, 8-bit, 4-bit or anything else. What is in place only saves passes; wherever it would not be sound
@@ -24,102 +24,124 @@ class Rows(NamedTuple):
 
     moves: torch.Tensor  # (slots, *shape), float32: D_u of each slot; a Parameter (resident) or the working set's
     common: torch.Tensor  # (*shape): what the moves start from, A_0
-    slot: torch.Tensor  # (batch,), int64
-    # (batch, 1, ...): 0. where the user is unseen and has no slot, else 1.; None if there is no such row
-    seen: torch.Tensor | None
+    each: torch.Tensor  # (users,) int64: the slots of the users of the batch
+    inverse: torch.Tensor | None  # (batch,) int64: place in `each` of each row; None if `each` has one entry per row
+    # (users, 1, ...): 0. where the user is unseen and has no slot, else 1.; None if there is no such user
+    seen: torch.Tensor | None = None
     # of a working set: gradients are added into `moves.grad` here, and the slots must still be those of the forward
     lease: Any | None = None
     number: int = -1  # of the module in the working set
 
 
-def gather(rows: Rows, dtype: torch.dtype) -> torch.Tensor:
-    """`A_0 + D_u` for each row of the batch, `(batch, *shape)`, in `dtype`; summed in float32."""
-    own = rows.moves.index_select(0, rows.slot)
+def factors(rows: Rows, dtype: torch.dtype) -> torch.Tensor:
+    """`A_0 + D_u` of each user, `(users, *shape)`, in `dtype`; summed in float32."""
+    own = rows.moves.index_select(0, rows.each)
     if rows.seen is not None:
         own = own * rows.seen
     return (own + rows.common if own.requires_grad or rows.common.requires_grad else own.add_(rows.common)).to(dtype)
 
 
-def _spread(rows: Rows, own_gradient: torch.Tensor, needs_moves: bool, needs_common: bool):
-    """Gradients of `moves` and `common` from that of the gathered factors `(batch, *shape)`."""
-    own_gradient = own_gradient.to(rows.moves.dtype)
-    common = own_gradient.sum(0).to(rows.common.dtype) if needs_common else None
+def per_row(own: torch.Tensor, inverse: torch.Tensor | None) -> torch.Tensor:
+    """Factors of each user `(users, ...)` -> of each row of the batch `(batch, ...)`."""
+    return own if inverse is None else own.index_select(0, inverse)
+
+
+def gather(rows: Rows, dtype: torch.dtype) -> torch.Tensor:
+    """`A_0 + D_u` for each row of the batch, `(batch, *shape)`."""
+    return per_row(factors(rows, dtype), rows.inverse)
+
+
+def _spread(rows: Rows, gradient: torch.Tensor, needs_moves: bool, needs_common: bool):
+    """Gradients of `moves` and `common` from that of the factors of each row `(batch, *shape)`."""
+    gradient = gradient.to(rows.moves.dtype)
+    if rows.inverse is not None:
+        # First the rows of a user among themselves, then to what has accumulated, wherever that is: the same sums bit by bit.
+        sums = gradient.new_zeros(len(rows.each), *gradient.shape[1:])
+        gradient = sums.index_add_(0, rows.inverse, gradient)
+    common = gradient.sum(0).to(rows.common.dtype) if needs_common else None
     if not needs_moves:
         return None, common
     if rows.seen is not None:
-        own_gradient = own_gradient * rows.seen
+        gradient = gradient * rows.seen
     if rows.lease is not None:
         assert rows.moves.grad is not None
-        # first the rows of a user among themselves, as autograd does for a Parameter: the same sums bit by bit
-        sums = own_gradient.new_zeros(len(rows.lease.each), *own_gradient.shape[1:])
-        rows.moves.grad.index_add_(0, rows.lease.each, sums.index_add_(0, rows.lease.inverse, own_gradient))
+        rows.moves.grad.index_add_(0, rows.each, gradient)
         return None, common
-    return torch.zeros_like(rows.moves).index_add_(0, rows.slot, own_gradient), common
+    if rows.inverse is not None and len(rows.each) == len(rows.moves):
+        return gradient, common  # all users, in order
+    return torch.zeros_like(rows.moves).index_add_(0, rows.each, gradient), common
 
 
 class _Function(torch.autograd.Function):
-    @staticmethod
-    def keep(ctx, rows: Rows, *others: torch.Tensor) -> None:
-        # A Parameter is saved the ordinary way, so that torch notices when it is changed before the backward. The working set
-        # is written whenever a user is paged in, elsewhere in the same tensor, and may grow: its lease notices what matters.
-        moves = [rows.moves] if rows.lease is None else []
-        ctx.save_for_backward(rows.common, *others, *moves)
-        ctx.rest = rows[2:]
-        ctx.versions = None if rows.lease is None else rows.lease.versions
+    """Keeps the users' factors in the type they are computed in, and where their gradients go.
+
+    Per user and not per row: what is kept is r / tokens-of-a-user of x, and the backward need not look at the bank again.
+    """
 
     @staticmethod
-    def kept(ctx) -> tuple:
-        _, _, lease, number = ctx.rest
-        if lease is None:
-            common, *others, moves = ctx.saved_tensors
-        else:
+    def keep(ctx, rows: Rows, own: torch.Tensor, *others: torch.Tensor) -> None:
+        ctx.save_for_backward(own, *others)
+        ctx.rest = rows[2:]
+        # the working set may grow until then: its tensors are looked up again
+        ctx.versions = None if rows.lease is None else rows.lease.versions
+        ctx.moves_and_common = rows[:2] if rows.lease is None else (None, rows.common)
+
+    @staticmethod
+    def kept(ctx) -> tuple[Any, ...]:
+        """`(rows, factors of each row, others...)`."""
+        moves, common = ctx.moves_and_common
+        *_, lease, number = ctx.rest
+        if lease is not None:
             lease.check(ctx.versions)
-            moves, (common, *others) = lease.working_set.module(number), ctx.saved_tensors
+            moves = lease.working_set.module(number)
         rows = Rows(moves, common, *ctx.rest)
-        return rows, *others
+        own, *others = ctx.saved_tensors
+        return rows, per_row(own, rows.inverse), *others
 
 
 class Gather(_Function):
     """The users' own factors per row of the batch, `(batch, *shape)`; for the small ones (r x r core, diagonal)."""
 
     @staticmethod
-    def forward(ctx, moves, common, slot, seen, lease, number, dtype):
-        rows = Rows(moves, common, slot, seen, lease, number)
-        _Function.keep(ctx, rows)
-        return gather(rows, dtype)
+    def forward(ctx, moves, common, each, inverse, seen, lease, number, dtype):
+        rows = Rows(moves, common, each, inverse, seen, lease, number)
+        own = factors(rows, dtype)
+        _Function.keep(ctx, rows, own)
+        return per_row(own, inverse)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, own_gradient):
-        (rows,) = _Function.kept(ctx)
-        return *_spread(rows, own_gradient, *ctx.needs_input_grad[:2]), *[None] * 5
+        rows, _ = _Function.kept(ctx)
+        return *_spread(rows, own_gradient, *ctx.needs_input_grad[:2]), *[None] * 6
 
 
 class ShrinkOwn(_Function):
     """`(x, h)`: x for the base to use, and `h = s A_u x` `(batch, seq, r)` with each row's own `A_u` `(r, in)`."""
 
     @staticmethod
-    def forward(ctx, x, moves, common, slot, seen, lease, number, scaling, dtype, in_place):
-        rows = Rows(moves, common, slot, seen, lease, number)
-        _Function.keep(ctx, rows, x)
+    def forward(ctx, x, moves, common, each, inverse, seen, lease, number, scaling, dtype, in_place):
+        rows = Rows(moves, common, each, inverse, seen, lease, number)
+        own = factors(rows, dtype)
+        _Function.keep(ctx, rows, own, x)
         ctx.scaling, ctx.dtype, ctx.in_place = scaling, dtype, in_place
         through = _pass_on(ctx, x)
-        return through, torch.bmm(_three(x).to(dtype), gather(rows, dtype).mT).mul_(scaling)
+        return through, torch.bmm(_three(x).to(dtype), per_row(own, inverse).mT).mul_(scaling)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dx, dh):
         if dh is None:
-            return dx, *[None] * 9
-        rows, x = _Function.kept(ctx)
+            return dx, *[None] * 10
+        rows, own, x = _Function.kept(ctx)
         needs_x, needs_moves, needs_common = ctx.needs_input_grad[:3]
         dh = dh * ctx.scaling
         if needs_x:
-            dx = _add_product(dx, dh, gather(rows, ctx.dtype), x, ctx.in_place)
+            dx = _add_product(dx, dh, own, x, ctx.in_place)
         moves = common = None
         if needs_moves or needs_common:
             moves, common = _spread(rows, torch.bmm(dh.mT, _three(x).to(ctx.dtype)), needs_moves, needs_common)
-        return dx if needs_x else None, moves, common, *[None] * 7
+        return dx if needs_x else None, moves, common, *[None] * 8
 
 
 class ShrinkShared(torch.autograd.Function):
@@ -171,24 +193,25 @@ class ExpandOwn(_Function):
     """`y += B_u h` in place, for y `(batch, ..., out)`, h `(batch, seq, r)` and each row's own `B_u` `(out, r)`."""
 
     @staticmethod
-    def forward(ctx, y, h, moves, common, slot, seen, lease, number):
-        rows = Rows(moves, common, slot, seen, lease, number)
-        _Function.keep(ctx, rows, h)
+    def forward(ctx, y, h, moves, common, each, inverse, seen, lease, number):
+        rows = Rows(moves, common, each, inverse, seen, lease, number)
+        own = factors(rows, h.dtype)
+        _Function.keep(ctx, rows, own, h)
         ctx.mark_dirty(y)
-        y.view(*h.shape[:2], -1).baddbmm_(h, gather(rows, h.dtype).mT)
+        y.view(*h.shape[:2], -1).baddbmm_(h, per_row(own, inverse).mT)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        rows, h = _Function.kept(ctx)
+        rows, own, h = _Function.kept(ctx)
         _, needs_h, needs_moves, needs_common = ctx.needs_input_grad[:4]
         dy_rows = dy.reshape(*h.shape[:2], -1)
-        dh = torch.bmm(dy_rows, gather(rows, h.dtype)) if needs_h else None
+        dh = torch.bmm(dy_rows, own) if needs_h else None
         moves = common = None
         if needs_moves or needs_common:
             moves, common = _spread(rows, torch.bmm(dy_rows.mT, h), needs_moves, needs_common)
-        return dy, dh, moves, common, *[None] * 4
+        return dy, dh, moves, common, *[None] * 5
 
 
 def _pass_on(ctx, x: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,8 @@ Files ("segments") are written once and then never changed, except to forget a u
 A later segment overrules an earlier one, so a checkpoint is *one new segment with the users who changed* and hard links to the
 earlier ones: a million users are not copied to save eight. While training, users who changed since the last checkpoint live in
 memory (`ram`) or in one open segment (`mmap`), which a crash simply leaves behind. When less than half of the records are
-still in force, what is in force of the emptiest segments moves into the new one.
+still in force, what is in force of the emptiest segments moves into the new one; when there are 64 segments, the smallest do.
+A record has a checksum, and so has a segment's list of rows (in its safetensors metadata): nobody gets another's row.
 
 Why not one sparse file with a fixed place per user: it could only be copied to be kept, it turns into terabytes when it is
 copied, archived or uploaded by a tool that does not know of holes, and a full disk under a memory map is a SIGBUS instead of an error.
@@ -130,6 +131,7 @@ class _Segment:
         self.path = path
         try:
             self.file = open(path, "rb")  # noqa: SIM115  closed with the store
+            weakref.finalize(self, self.file.close)  # which may be forgotten
         except FileNotFoundError:
             raise BankError(
                 f"{path} is missing, but {MANIFEST} names it: users' rows are lost. Copy the whole folder again, or resume from "
@@ -201,6 +203,7 @@ class _OpenSegment:
         self.places: dict[int, int] = {}
         with _disk(path):
             self.file = open(path, "x+b")  # noqa: SIM115
+            weakref.finalize(self, self.file.close)
             try:
                 os.posix_fallocate(self.file.fileno(), 0, _HEADER)
             except OSError:
