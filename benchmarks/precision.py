@@ -127,7 +127,9 @@ def main() -> None:
         texts=args.texts,
         reading=args.reading,
     )
-    print("| bank_dtype | bank_second_moment | accuracy, mean over users | difference to float32, full |\n|---|---|---|---|")
+    print(
+        "| bank_dtype | bank_second_moment | accuracy, mean over users | difference to float32, full |\n|---|---|---|---|"
+    )
     for line in lines:
         print(
             f"| {line['bank_dtype']} | {line['bank_second_moment']} | {100 * line['accuracy']:.2f} ± {100 * line['accuracy_half']:.2f} | "

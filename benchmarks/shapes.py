@@ -173,9 +173,7 @@ def steps(shape: str, device: str, quantize: str, pairs: int, tokens: int, users
         contestants, peaks, batches = {}, {}, None
         for name, trainer in trainers(shape, device, quantize, folder, pairs, tokens, users, r):
             batches = batches or common.batches_of(trainer, pairs)  # the first is ours, with users
-            contestants[name] = Contestant(
-                trainer, itertools.cycle(on_device(batches, device, name != "lora")), clock
-            )
+            contestants[name] = Contestant(trainer, itertools.cycle(on_device(batches, device, name != "lora")), clock)
             contestants[name]()
             if device == "cuda":
                 # of a step, beyond the weights and moments that are there; the two bases are not counted
@@ -271,7 +269,9 @@ def run(shape: str, device: str, quantize: str, rounds: int, out: str | None) ->
             )
             common.append(out, row)
     if device == "cpu":
-        print("NOT MEASURED on a CPU: peak memory of the step (benchmarks/memory.py has one layer's), the Triton shrink.")
+        print(
+            "NOT MEASURED on a CPU: peak memory of the step (benchmarks/memory.py has one layer's), the Triton shrink."
+        )
         return
     try:
         import triton_shrink  # noqa: F401

@@ -57,7 +57,12 @@ class Watch(TrainerCallback):
         new = sum(file.st_size for file in files if file.st_ino not in self.known)
         self.known.update(file.st_ino for file in files)
         self.saves.append(
-            {"step": state.global_step, "written": new, "whole": sum(file.st_size for file in files), "files": len(files)}
+            {
+                "step": state.global_step,
+                "written": new,
+                "whole": sum(file.st_size for file in files),
+                "files": len(files),
+            }
         )
 
 

@@ -140,7 +140,8 @@ def against_lora(users: int, pairs: int, tokens: int, bf16: bool, rounds: int, l
     number = "1 user" if users == 1 else f"{users} users"
     case = f"{'bf16-autocast' if bf16 else 'fp32'}, {number}, {pairs} pairs x {tokens} tokens"
     lines = [
-        line(f"{case}, {bank}", "TRL step, plain LoRA", 0.97, times, bank, "lora", r=r) for bank in ("resident", "mmap")
+        line(f"{case}, {bank}", "TRL step, plain LoRA", 0.97, times, bank, "lora", r=r)
+        for bank in ("resident", "mmap")
     ]
     if loop:
         lines.append(line(case, "loop over per-user PEFT adapters", 0.42, times, "resident", "loop"))
@@ -254,14 +255,15 @@ def newcomers(bf16: bool, rounds: int, users: int = 1_000_000, **sizes: int) -> 
     ]
 
 
-def growth(bf16: bool, rounds: int) -> list[dict]:
+def growth(bf16: bool, rounds: int) -> Iterator[list[dict]]:
     """How a step grows with users in the batch, rank, batch and length; beside plain LoRA."""
     settings = [{"users": 8, "pairs": 8, "tokens": 64, "r": 8}]
     settings += [settings[0] | {"users": users} for users in (1, 2, 4)]
     settings += [settings[0] | {"r": r} for r in (2, 32)]
     settings += [settings[0] | {"pairs": pairs} for pairs in (16, 32)]
     settings += [settings[0] | {"tokens": tokens} for tokens in (16, 32, 128)]
-    return [row for case in settings for row in against_lora(bf16=bf16, rounds=rounds, **case)]
+    for case in settings:
+        yield against_lora(bf16=bf16, rounds=rounds, **case)
 
 
 # -- the table ----------------------------------------------------------------------------------------------------------------
@@ -307,7 +309,9 @@ def run(cases: list[str], rounds: int, out: str | None) -> list[dict]:
             common.append(out, row)
         rows.extend(lines)
 
-    print("\n| against | case | asked | measured: median [quartiles] | medians, this / other | |\n|---|---|---|---|---|---|")
+    print(
+        "\n| against | case | asked | measured: median [quartiles] | medians, this / other | |\n|---|---|---|---|---|---|"
+    )
     if "lora" in cases:
         for bf16 in (True, False):
             for users in (1, 8):
@@ -326,7 +330,8 @@ def run(cases: list[str], rounds: int, out: str | None) -> list[dict]:
 
         add([{**row, "rounds": 1} for row in memory.measure_all()])
     if "growth" in cases:
-        add(growth(fast, rounds))
+        for lines in growth(fast, rounds):
+            add(lines)
     return rows
 
 
@@ -337,7 +342,9 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds per case (default 15)")
     parser.add_argument("--out", help="append the results to this JSONL file")
-    parser.add_argument("--shape", choices=["llama3-8b", "gptj-6b", "tiny"], help="random weights of this shape instead")
+    parser.add_argument(
+        "--shape", choices=["llama3-8b", "gptj-6b", "tiny"], help="random weights of this shape instead"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda", help="for --shape (default cuda)")
     parser.add_argument("--quantize", choices=["none", "8bit", "4bit"], default="none", help="the base, for --shape")
     parser.add_argument("--rss", type=int, help=argparse.SUPPRESS)

@@ -81,7 +81,7 @@ def test_peak_is_the_most_at_a_time(step_time):
         del first
         torch.zeros(2000)
 
-    assert memory.peak_bytes(work, "cpu") == 8000 + 64 - 8000 % 64 or memory.peak_bytes(work, "cpu") == 8000
+    assert memory.peak_bytes(work, "cpu") == 8000
 
 
 @pytest.mark.parametrize("quantize", ["none", "8bit", "4bit"])
@@ -126,7 +126,7 @@ def test_slope(step_time):
 def test_precision(step_time, capsys):
     import precision
 
-    lines = precision.compare(2, 1, users=2, most=8, test_rows=4, texts=50, reading=1)
+    lines = precision.compare(1, 1, users=2, most=8, test_rows=4, texts=50, reading=1)
     assert [(line["bank_dtype"], line["bank_second_moment"]) for line in lines] == precision.FORMS
     assert lines[0]["difference"] == 0
 

@@ -16,6 +16,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .evaluation import PerUserResult, evaluate_users
     from .export import export_user
+    from .forget import forget_user
+    from .new_users import add_users
     from .trainers.reward import ShareLoraRewardTrainer
     from .trainers.reward_config import ShareLoraRewardConfig
 
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
 _LAZY = {
     "PerUserResult": ".evaluation",
     "evaluate_users": ".evaluation",
+    "add_users": ".new_users",
     "export_user": ".export",
+    "forget_user": ".forget",
     "ShareLoraRewardConfig": ".trainers.reward_config",
     "ShareLoraRewardTrainer": ".trainers.reward",
 }
@@ -36,8 +40,10 @@ __all__ = [
     "ShareLoraRewardConfig",
     "ShareLoraRewardTrainer",
     "UserRegistry",
+    "add_users",
     "evaluate_users",
     "export_user",
+    "forget_user",
     "use_users",
 ]
 

@@ -618,3 +618,12 @@ def test_only_training_forwards_are_visits():
     rewards(model, inputs, ["cat", "cat"])
     router.forget_visited()
     assert router.take_visited() == []
+
+
+def test_marking_somebody_who_is_not_there_raises():
+    router = get_router(share_model())
+    for index in ([0, 4], [-3]):
+        with pytest.raises(UnknownUserError, match="has the rows 0 to 3"):
+            router.mark_visited(torch.tensor(index))
+    router.mark_visited(torch.tensor([-1, 2]))
+    assert router.take_visited() == [2]

@@ -210,7 +210,11 @@ def test_invariant_5_saved_loaded_exported_and_evaluated_like_a_resident_bank(tm
     with torch.no_grad():
         expected = resident.model.eval()(**batch, user_ids=who).logits
         assert torch.equal(loaded(**batch, user_ids=who).logits, expected)
-        assert torch.equal(copy.deepcopy(loaded)(**batch, user_ids=who).logits, expected)
+        copied = copy.deepcopy(loaded)
+        assert torch.equal(copied(**batch, user_ids=who).logits, expected)
+        copied.save_pretrained(tmp_path / "copy")
+        again = PeftModel.from_pretrained(tiny_model(), tmp_path / "copy").eval()
+        assert torch.equal(again(**batch, user_ids=who).logits, expected)
         with use_users(loaded, ["user1", "nobody", "user2", "nobody"], unseen="common"):
             mixed = loaded(**batch).logits
         with use_users(resident.model, ["user1", "nobody", "user2", "nobody"], unseen="common"):

@@ -21,7 +21,7 @@ from .sandwich import ExpandOwn, ExpandShared, Gather, ShrinkOwn, ShrinkShared, 
 
 
 # Linear modules whose forward and backward make new tensors. By name, because bitsandbytes need not be installed.
-_PLAIN = ("Linear", "Conv1D", "Linear8bitLt", "Linear4bit")
+_PLAIN = {"torch": ("Linear",), "transformers": ("Conv1D",), "bitsandbytes": ("Linear8bitLt", "Linear4bit")}
 
 
 class AdapterDropout(nn.Module):
@@ -240,9 +240,9 @@ class Linear(nn.Module, ShareLoraLayer):
     def _base_is_plain(self) -> bool:
         """Whether the base's output and its dx are fresh tensors that nobody else holds."""
         base = self.base_layer
-        return type(base).__name__ in _PLAIN and not (
-            base._forward_hooks or base._backward_hooks or base._backward_pre_hooks
-        )
+        kind = type(base)
+        known = kind.__name__ in _PLAIN.get(kind.__module__.split(".")[0], ())
+        return known and not (base._forward_hooks or base._backward_hooks or base._backward_pre_hooks)
 
     def _fresh(self, y: torch.Tensor, plain: bool) -> torch.Tensor | None:
         """y, or the tensor it is the whole view of, if it can be written into; None if not."""

@@ -116,7 +116,7 @@ class ShareLoraModel(BaseTuner):
             config.bank_second_moment,
             rank_axis=1 if config.share == "A" else 0,
         )
-        store = UserStore(layout, config.bank, config.users.registry_id, config.bank_dir)
+        store = UserStore(layout, config.bank, config.users.registry_id, config.bank_dir, num_users=len(config.users))
         working_set = WorkingSet(adapter_name, layout, store, config.bank_slots)
         if config.bank_source is not None:
             working_set.load(config.bank_source, len(config.users))
@@ -134,6 +134,12 @@ class ShareLoraModel(BaseTuner):
         working_set = self.router.working_sets[adapter_name]
         working_set.store.registry_id = self.router.users.registry_id
         working_set.load(directory, len(self.router.users))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # after deepcopy. Not `__deepcopy__`: PeftModel, which hands unknown names on to us, would take it for its own.
+        super().__setstate__(state)
+        for adapter_name in self.router.working_sets:  # the copy saves its own bank
+            self.peft_config[adapter_name].save_bank = functools.partial(self.save_bank, adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)

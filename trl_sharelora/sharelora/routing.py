@@ -195,8 +195,13 @@ class Router:
             user_index (`torch.Tensor` of shape `(batch,)`):
                 Rows of the bank; -1 is nobody.
         """
+        rows = user_index.unique().tolist()
+        if rows and not (rows[0] >= -1 and rows[-1] < len(self.users)):
+            raise UnknownUserError(
+                f"User indices from {rows[0]} to {rows[-1]} came; this adapter has the rows 0 to {len(self.users) - 1} (-1 is nobody)."
+            )
         for working_set in self.working_sets.values():
-            working_set.hold(user_index.unique().tolist())
+            working_set.hold(rows)
         self._mark(user_index)
 
     def _mark(self, user_index: torch.Tensor) -> None:

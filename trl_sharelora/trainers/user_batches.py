@@ -206,9 +206,9 @@ class UserBatchesMixin:
             )
         self._window_rows: list[int] = []
         working_sets = list(self.router.working_sets.values())
-        for working_set in working_sets:
+        for name, working_set in self.router.working_sets.items():
             working_set.to(self.args.device)
-            working_set.store.work_in(self._bank_dir(self.args))
+            working_set.store.work_in(Path(self._bank_dir(self.args), "" if name == "default" else name))
         if self.args.user_sharding == "union" or processes == 1:
             return
         if not working_sets or isinstance(self.train_dataset, IterableDataset):
