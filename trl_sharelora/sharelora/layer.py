@@ -196,6 +196,11 @@ class Linear(nn.Module, ShareLoraLayer):
             for adapter_name in active:
                 y = self.reference(adapter_name, x, y, route)
             return y
+        dtype = _compute_dtype(x)
+        if x.dtype != dtype and type(self.base_layer) in (nn.Linear, Conv1D):
+            # Under autocast with float32 activations the base would cast x by itself. Cast once for both: then dx comes back in
+            # the type of the adapter's product, and no second cast is made in the backward.
+            x = x.to(dtype)
         expansions = []
         for adapter_name in active:
             x, expand = self._shrink(adapter_name, x, route)
