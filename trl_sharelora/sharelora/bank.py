@@ -64,7 +64,8 @@ class ResidentBank(nn.Module):
         """What the layer computes a batch with."""
         device = self.weight.device
         if not torch.compiler.is_compiling() and route.each is not None and route.inverse is not None:
-            return Rows(self.weight, common, route.each.to(device), route.inverse.to(device))
+            each = route.each if isinstance(route.each, slice) else route.each.to(device)
+            return Rows(self.weight, common, each, route.inverse.to(device))
         # one entry per row: of a compiled graph, because it must not depend on the number of users
         index = route.user_index.to(device)
         if not route.has_unseen:
@@ -126,7 +127,7 @@ class SlotBank(nn.Module):
         moves = working_set.module(self.number, self.trainable)
         if torch.compiler.is_compiling():
             return Rows(moves, common, lease.slot, None, None, lease, self.number)
-        return Rows(moves, common, lease.each, lease.inverse, None, lease, self.number)
+        return Rows(moves, common, lease.neighbours or lease.each, lease.inverse, None, lease, self.number)
 
     def move(self, row: int) -> torch.Tensor:
         """D_u of one user, `(*shape)`; reads one record if he is not in the working set."""
@@ -160,6 +161,8 @@ class Lease:
         self.each = torch.from_numpy(each).to(device)  # (users,) the slots, each once; 0 for the unseen
         self.inverse = torch.from_numpy(inverse).to(device)  # (batch,) place in `each`
         self.slot = self.each[self.inverse]  # (batch,) int64
+        ascending = len(each) > 0 and bool((np.diff(each) == 1).all())
+        self.neighbours = slice(int(each[0]), int(each[-1]) + 1) if ascending else None
         self.slots = each[each > 0]  # on the host
         self.users = working_set.users_in(self.slots)
         self.versions = working_set.versions[self.slots]

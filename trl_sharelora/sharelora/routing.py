@@ -42,7 +42,7 @@ class Route(NamedTuple):
     # per adapter with a bank in a store: the slots of its working set that hold these users; there while the route is open
     leases: "Mapping[str, Lease]" = _NO_LEASES
     # the users, each once and in order, and the place of each row's user among them; of an open route without unseen users
-    each: torch.Tensor | None = None
+    each: torch.Tensor | slice | None = None
     inverse: torch.Tensor | None = None
 
 
@@ -148,6 +148,8 @@ class Router:
         with ExitStack() as stack:
             if route.each is None and not route.has_unseen:
                 each, inverse = route.user_index.unique(return_inverse=True)
+                if len(each) and int(each[-1] - each[0]) == len(each) - 1:
+                    each = slice(int(each[0]), int(each[-1]) + 1)
                 route = route._replace(each=each, inverse=inverse)
             if self.working_sets and not route.leases:
                 leases = {}

@@ -24,7 +24,8 @@ class Rows(NamedTuple):
 
     moves: torch.Tensor  # (slots, *shape), float32: D_u of each slot; a Parameter (resident) or the working set's
     common: torch.Tensor  # (*shape): what the moves start from, A_0
-    each: torch.Tensor  # (users,) int64: the slots of the users of the batch
+    # (users,) int64: the slots of the users of the batch; or a slice, if they are neighbours: then nothing is copied
+    each: torch.Tensor | slice
     inverse: torch.Tensor | None  # (batch,) int64: place in `each` of each row; None if `each` has one entry per row
     # (users, 1, ...): 0. where the user is unseen and has no slot, else 1.; None if there is no such user
     seen: torch.Tensor | None = None
@@ -35,6 +36,8 @@ class Rows(NamedTuple):
 
 def factors(rows: Rows, dtype: torch.dtype) -> torch.Tensor:
     """`A_0 + D_u` of each user, `(users, *shape)`, in `dtype`; summed in float32."""
+    if isinstance(rows.each, slice):
+        return (rows.moves[rows.each] + rows.common).to(dtype)
     own = rows.moves.index_select(0, rows.each)
     if rows.seen is not None:
         own = own * rows.seen
@@ -56,7 +59,9 @@ def _spread(rows: Rows, gradient: torch.Tensor, needs_moves: bool, needs_common:
     gradient = gradient.to(rows.moves.dtype)
     if rows.inverse is not None:
         # First the rows of a user among themselves, then to what has accumulated, wherever that is: the same sums bit by bit.
-        sums = gradient.new_zeros(len(rows.each), *gradient.shape[1:])
+        each = rows.each
+        users = each.stop - each.start if isinstance(each, slice) else len(each)
+        sums = gradient.new_zeros(users, *gradient.shape[1:])
         gradient = sums.index_add_(0, rows.inverse, gradient)
     common = gradient.sum(0).to(rows.common.dtype) if needs_common else None
     if not needs_moves:
@@ -65,11 +70,18 @@ def _spread(rows: Rows, gradient: torch.Tensor, needs_moves: bool, needs_common:
         gradient = gradient * rows.seen
     if rows.lease is not None:
         assert rows.moves.grad is not None
-        rows.moves.grad.index_add_(0, rows.each, gradient)
+        _add_to(rows.moves.grad, rows.each, gradient)
         return None, common
-    if rows.inverse is not None and len(rows.each) == len(rows.moves):
+    if len(gradient) == len(rows.moves) and isinstance(rows.each, slice):
         return gradient, common  # all users, in order
-    return torch.zeros_like(rows.moves).index_add_(0, rows.each, gradient), common
+    return _add_to(torch.zeros_like(rows.moves), rows.each, gradient), common
+
+
+def _add_to(target: torch.Tensor, each: torch.Tensor | slice, gradient: torch.Tensor) -> torch.Tensor:
+    if isinstance(each, slice):
+        target[each].add_(gradient)
+        return target
+    return target.index_add_(0, each, gradient)
 
 
 class _Function(torch.autograd.Function):
