@@ -316,7 +316,7 @@ def run(cases: list[str], rounds: int, out: str | None) -> list[dict]:
         for bf16 in (True, False):
             for users in (1, 8):
                 add(against_lora(users, 8, 64 if fast or not bf16 else 8, bf16, rounds))
-        add(against_lora(32, 32, 16, False, rounds))
+        add(against_lora(32, 32, 32, False, rounds))
     if "lora" in cases or "loop" in cases:
         lines = against_lora(32, 32, 32 if fast else 16, fast, rounds, loop="loop" in cases)
         add([row for row in lines if "lora" in cases or "loop" in row["against"]])

@@ -402,6 +402,8 @@ class UserBatchesMixin:
                 "and, if the model was loaded, at their rows of the adapter; or lower the learning rate."
             )
         mode = "train" if self.model.training else "eval"
+        if mode == "train" and self.args.logging_strategy == "no":
+            return  # nobody would ever take them: 10 MB per 1,000 steps of 8 pairs
         if weights is None:
             gathered = self.accelerator.gather_for_metrics((user_index, chosen, rejected))
         else:
