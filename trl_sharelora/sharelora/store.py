@@ -19,6 +19,7 @@ copied, archived or uploaded by a tool that does not know of holes, and a full d
 Files are read with `pread`, so they add nothing to the resident memory.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -41,6 +42,7 @@ from ..errors import BankBusyError, BankError, BankFullError, CapacityError
 
 
 BANK_FOLDER = "bank"
+WORKING_FOLDER = "working-bank"  # of the trainers, in output_dir
 MANIFEST = "bank.json"
 VERSION = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -698,6 +700,9 @@ def _remove_folder(path: Path, lock: Any, pid: int) -> None:
 
     if os.getpid() == pid:  # not in a forked worker
         shutil.rmtree(path, ignore_errors=True)
+        if path.parent.name == WORKING_FOLDER:
+            with contextlib.suppress(OSError):  # other processes may still be in there
+                path.parent.rmdir()
         fcntl.flock(lock, fcntl.LOCK_UN)  # closing is not enough where a forked worker still has it open
     lock.close()
 

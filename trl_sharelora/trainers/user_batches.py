@@ -28,7 +28,7 @@ from ..sharelora.bank import ResidentBank, WorkingSet, runs_of
 from ..sharelora.config import ShareLoraConfig
 from ..sharelora.optimizer import ShareLoraAdamW
 from ..sharelora.routing import Route, get_router
-from ..sharelora.store import BANK_FOLDER
+from ..sharelora.store import BANK_FOLDER, WORKING_FOLDER
 from ..users import UserRegistry
 from .sharding import OwnerSampler, UserShards, balanced_owners, check_common_start, prepare_fsdp
 
@@ -224,7 +224,7 @@ class UserBatchesMixin:
 
     @staticmethod
     def _bank_dir(args: Any) -> str:
-        return str(Path(args.output_dir, "working-bank", f"process-{args.process_index}"))
+        return str(Path(args.output_dir, WORKING_FOLDER, f"process-{args.process_index}"))
 
     # -- the window: all micro-batches of an optimizer step -----------------------------------------------------------------
 
