@@ -226,9 +226,9 @@ def test_cut_off_and_called_again(kind, tmp_path, monkeypatch):
 def test_a_training_at_work_is_not_interfered_with_and_a_killed_ones_leftovers_go(tmp_path):
     train(tmp_path, "mmap")
     working_set = get_router(load(tmp_path)).working_sets["default"]
-    store = UserStore(working_set.layout, "mmap", "r", tmp_path / "working-bank" / "process-0")
+    store = UserStore(working_set.layout, "mmap", "r", tmp_path / "_working-bank" / "process-0")
     store.write([BOB], torch.ones(1, working_set.layout.record_bytes, dtype=torch.uint8))
-    (left,) = (tmp_path / "working-bank" / "process-0").glob("rows-*")
+    (left,) = (tmp_path / "_working-bank" / "process-0").glob("rows-*")
     before = {path: path.read_bytes() for path in files(tmp_path)}
     with pytest.raises(BankBusyError, match="is being written to"):
         forget_user(tmp_path, "bob-77c1")
@@ -237,7 +237,7 @@ def test_a_training_at_work_is_not_interfered_with_and_a_killed_ones_leftovers_g
     store._folder.remove.detach()
     assert left.exists()
     forget_user(tmp_path, "bob-77c1")
-    assert not (tmp_path / "working-bank").exists()
+    assert not (tmp_path / "_working-bank").exists()
 
 
 # -- new users

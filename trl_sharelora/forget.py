@@ -63,7 +63,7 @@ def forget_user(model_dir: str | os.PathLike, user_id: str) -> Path:
         for folder in known
         if configs[folder].bank not in ("ram", "mmap")
     }
-    clear_working_folders(model_dir / "working-bank")  # what a killed run has left there
+    clear_working_folders(model_dir / "_working-bank")  # what a killed run has left there
     for folder in known:
         if folder in tensors:
             _erase_resident(folder / WEIGHTS_FILE, tensors[folder], rows[folder])

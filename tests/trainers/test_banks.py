@@ -19,7 +19,7 @@ from trl_sharelora import (
     export_user,
     use_users,
 )
-from trl_sharelora.errors import CapacityError, ConfigError
+from trl_sharelora.errors import CapacityError, ConfigError, UnsupportedError
 from trl_sharelora.sharelora.store import read_manifest, read_row
 
 
@@ -280,6 +280,65 @@ def test_more_users_in_a_window_than_slots_raises_and_says_how_many(tmp_path):
         trainer.train()
 
 
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_every_pair_is_in_the_metrics_of_its_step(tmp_path, accumulation):
+    """Batches are fetched before they are computed, up to the last of the epoch, which is short."""
+    seen = []
+    for kind in KINDS:
+        trainer = make_trainer(
+            tmp_path / kind,
+            kind,
+            rows=preference_rows(users=3, n=17),
+            per_device_train_batch_size=8,
+            gradient_accumulation_steps=accumulation,
+            max_steps=-1,
+            num_train_epochs=1,
+        )
+        recorded = []
+        record = trainer._record_scores
+
+        def counted(user_index, rewards, weights=None, record=record, recorded=recorded, trainer=trainer):
+            record(user_index, rewards, weights)
+            recorded.append(len(trainer._scores["train"][-1][0]))
+
+        trainer._record_scores = counted
+        trainer.train()
+        seen.append(recorded)
+    assert seen == [[8, 8, 1]] * 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stream_whose_users_grow_trains_in_every_kind(tmp_path, kind):
+    rows = Dataset.from_list(preference_rows(users=4, n=24)).to_iterable_dataset()
+    trainer = ShareLoraRewardTrainer(
+        tiny_model(),
+        ShareLoraRewardConfig(
+            str(tmp_path), max_steps=4, per_device_train_batch_size=3, bf16=False, use_cpu=True, report_to="none"
+        ),
+        train_dataset=rows,
+        processing_class=tiny_tokenizer(),
+        peft_config=ShareLoraConfig(r=4, bank=kind),
+    )
+    trainer.train()
+    assert trainer.users.ids == ["user0", "user1", "user2", "user3"]
+    for row in range(4):
+        assert sum(float(move.abs().sum()) for move in moves(trainer.model, row).values()) > 0
+
+
+def test_an_interrupted_training_leaves_nothing_for_the_next(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, "ram")
+    working_set = trainer.router.working_sets["default"]
+    clip = trainer._clip_grad_norm
+    monkeypatch.setattr(trainer, "_clip_grad_norm", lambda model: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert working_set.held()
+    monkeypatch.setattr(trainer, "_clip_grad_norm", clip)
+    trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+    assert not working_set.held() and working_set.gradient.abs().sum() == 0 and trainer._window_rows == []
+    assert trainer.router.take_visited() == []
+
+
 def test_owners_need_a_store(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, "resident", user_sharding="owner")  # one process: nothing to shard
     monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
@@ -287,10 +346,17 @@ def test_owners_need_a_store(tmp_path, monkeypatch):
         trainer._start_sharding()
 
 
+def test_a_base_on_several_devices_is_refused(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, "ram")
+    monkeypatch.setattr(trainer.model.base_model.model, "hf_device_map", {"a": 0, "b": 1}, raising=False)
+    with pytest.raises(UnsupportedError, match="several devices"):
+        trainer._start_sharding()
+
+
 def test_the_working_folder_is_gone_at_the_end(tmp_path):
     trainer = make_trainer(tmp_path, "mmap", adapter={"bank_slots": 4})
     trainer.train()
-    working = tmp_path / "working-bank" / "process-0"
+    working = tmp_path / "_working-bank" / "process-0"
     assert len(list(working.glob("rows-*.safetensors"))) == 1
     trainer.save_model()
     trainer.router.working_sets["default"].store.close()

@@ -42,7 +42,7 @@ from ..errors import BankBusyError, BankError, BankFullError, CapacityError
 
 
 BANK_FOLDER = "bank"
-WORKING_FOLDER = "working-bank"  # of the trainers, in output_dir
+WORKING_FOLDER = "_working-bank"  # of the trainers, in output_dir; what starts with _ is not pushed to the hub
 MANIFEST = "bank.json"
 VERSION = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -306,7 +306,7 @@ class UserStore:
         self._open: _OpenSegment | None = None
         self._last = 0  # number of the last file
         self._folder: _WorkingFolder | None = None
-        self._wanted_folder = folder
+        self._given_folder = self._wanted_folder = folder
         self._memory = _Memory(layout.record_bytes) if kind == "ram" else None
         self._lock = threading.RLock()  # rows are read ahead on a thread of their own
 
@@ -391,9 +391,9 @@ class UserStore:
         name = f"rows-{self._last:06d}-{secrets.token_hex(4)}.safetensors"
         return _OpenSegment(folder / name, self.layout.record_bytes)
 
-    def work_in(self, folder: str | os.PathLike) -> None:
-        """Where the open file shall lie, if none was given and nothing has been written yet."""
-        self._wanted_folder = self._wanted_folder or folder
+    def work_in(self, folder: str | os.PathLike, part: str) -> None:
+        """Where the open file shall lie: a part, of this process alone, of the folder that was given, else of this one."""
+        self._wanted_folder = Path(self._given_folder or folder, part)
 
     def _own_folder(self) -> Path:
         if self._folder is None:

@@ -82,6 +82,11 @@ class OwnerSampler(Sampler[int]):
 
     def __init__(self, user_index: Sequence[int], owners: np.ndarray, processes: int, batch_size: int, seed: int):
         owner = owners[np.asarray(user_index)]
+        if processes > 1 and len(np.unique(owner)) == 1:
+            raise ConfigError(
+                f"All comparisons belong to users of one of {processes} processes, so the others would have nothing to do. Use "
+                "user_sharding='union', or one process."
+            )
         self.places = [np.flatnonzero(owner == process) for process in range(processes)]
         self.foreign = [
             int(np.flatnonzero(owner != process)[0]) if processes > 1 else -1 for process in range(processes)
@@ -116,12 +121,16 @@ class UserShards:
             This one.
         owners (`np.ndarray` of shape `(users,)`, *optional*):
             The process of each user, for `user_sharding="owner"`.
+        last_pairs (`int`, *optional*):
+            Pairs of the last micro-batch of an epoch in all processes, 0 if it is full; None if only accelerate knows (a stream).
+            After a resume inside an epoch accelerate does not know it.
     """
 
-    def __init__(self, processes: int, process: int, owners: np.ndarray | None = None):
+    def __init__(self, processes: int, process: int, owners: np.ndarray | None = None, last_pairs: int | None = None):
         self.processes = processes
         self.process = process
         self.owners = owners
+        self.last_pairs = last_pairs
 
     @property
     def mine(self) -> np.ndarray | None:
@@ -142,7 +151,8 @@ class UserShards:
         if mine is not None:
             return torch.from_numpy(mine).to(user_index.device)[user_index]
         place = self.process * len(user_index) + torch.arange(len(user_index), device=user_index.device)
-        remainder = gradient_state.remainder if gradient_state.end_of_dataloader else -1
+        remainder = gradient_state.remainder if self.last_pairs is None else self.last_pairs
+        remainder = remainder if gradient_state.end_of_dataloader else -1
         return place < remainder if remainder > 0 else torch.ones_like(place, dtype=torch.bool)
 
 

@@ -22,13 +22,21 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import TrainerCallback
 
 from ..data import check_long_rows, check_preference_rows, check_row
-from ..errors import AdapterMismatchError, ConfigError, DataError, NonFiniteError, UnknownUserError, UnsupportedError
+from ..errors import (
+    AdapterMismatchError,
+    BankError,
+    ConfigError,
+    DataError,
+    NonFiniteError,
+    UnknownUserError,
+    UnsupportedError,
+)
 from ..evaluation import per_user_table
 from ..sharelora.bank import ResidentBank, WorkingSet, runs_of
 from ..sharelora.config import ShareLoraConfig
 from ..sharelora.optimizer import ShareLoraAdamW
 from ..sharelora.routing import Route, get_router
-from ..sharelora.store import BANK_FOLDER, WORKING_FOLDER
+from ..sharelora.store import BANK_FOLDER, WORKING_FOLDER, remove_unnamed
 from ..users import UserRegistry
 from .sharding import OwnerSampler, UserShards, balanced_owners, check_common_start, prepare_fsdp
 
@@ -64,11 +72,22 @@ class UserBatchCollator:
 class _ForgetVisits(TrainerCallback):
     """A step that the gradient scaler skipped has no visitors to carry over."""
 
-    def __init__(self, router):
-        self.router = router
+    def __init__(self, trainer):
+        self.trainer = trainer
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        self.router.forget_visited()
+        self.trainer.router.forget_visited()
+        self.trainer._window_rows = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # a training that was interrupted may have left its visits, gradients and window behind
+        self.on_optimizer_step(args, state, control)
+        self.trainer._next_window = None
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        # neither accelerate nor the Trainer reaches the sampler after a resume inside an epoch
+        if self.trainer._owner_sampler is not None:
+            self.trainer._owner_sampler.set_epoch(int(state.epoch + 1e-6))
 
 
 class UserBatchesMixin:
@@ -180,7 +199,7 @@ class UserBatchesMixin:
     def _start_routing(self) -> None:
         self.router = get_router(self.model)
         self.data_collator = UserBatchCollator(self.data_collator)
-        self.add_callback(_ForgetVisits(self.router))
+        self.add_callback(_ForgetVisits(self))
         # per mode: (user_index, chosen reward, rejected reward) of each batch since the last log, of all ranks
         self._scores: dict[str, list[tuple[torch.Tensor, ...]]] = {"train": [], "eval": []}
         self._train_rows = None
@@ -198,7 +217,13 @@ class UserBatchesMixin:
 
     def _start_sharding(self) -> None:
         processes, process = self.accelerator.num_processes, self.accelerator.process_index
-        self._shards = UserShards(processes, process)
+        pairs = None
+        if not isinstance(self.train_dataset, IterableDataset):
+            pairs = (
+                0 if self.args.dataloader_drop_last else len(self.train_dataset) % (self._train_batch_size * processes)
+            )
+        self._shards = UserShards(processes, process, last_pairs=pairs)
+        self._owner_sampler: OwnerSampler | None = None
         if self.router.working_sets and self.accelerator.mixed_precision == "fp16":
             raise UnsupportedError(
                 "fp16 came with a bank in a store, whose gradients the gradient scaler does not see. Use bf16=True, or "
@@ -206,9 +231,15 @@ class UserBatchesMixin:
             )
         self._window_rows: list[int] = []
         working_sets = list(self.router.working_sets.values())
+        if working_sets and len(set(getattr(self.model, "hf_device_map", {}).values())) > 1:
+            raise UnsupportedError(
+                "A base spread over several devices (device_map) came with a bank in a store, whose working set lies on one of them. "
+                "Use one device per process, or ShareLoraConfig(bank='resident')."
+            )
         for name, working_set in self.router.working_sets.items():
             working_set.to(self.args.device)
-            working_set.store.work_in(Path(self._bank_dir(self.args), "" if name == "default" else name))
+            part = f"process-{process}" if name == "default" else f"process-{process}-{name}"
+            working_set.store.work_in(Path(self.args.output_dir, WORKING_FOLDER), part)
         if self.args.user_sharding == "union" or processes == 1:
             return
         if not working_sets or isinstance(self.train_dataset, IterableDataset):
@@ -216,15 +247,16 @@ class UserBatchesMixin:
                 "user_sharding='owner' needs a bank in a store (ShareLoraConfig(bank='ram') or 'mmap') and a dataset with a length, so that "
                 "each process can keep its own users and get their comparisons. Use user_sharding='union'."
             )
+        if self.accelerator.split_batches:
+            raise ConfigError(
+                "user_sharding='owner' came with split_batches=True, which cuts each batch into pieces for the processes, whoever "
+                "their users are. Leave split_batches out, or use user_sharding='union'."
+            )
         comparisons = np.bincount(_column(self.train_dataset, "user_index"), minlength=len(self.users))
         self._shards = UserShards(processes, process, balanced_owners(comparisons, processes))
         self.router.visits_are_local = True
         for working_set in working_sets:
             working_set.own(self._shards.owners == process)
-
-    @staticmethod
-    def _bank_dir(args: Any) -> str:
-        return str(Path(args.output_dir, WORKING_FOLDER, f"process-{args.process_index}"))
 
     # -- the window: all micro-batches of an optimizer step -----------------------------------------------------------------
 
@@ -233,9 +265,10 @@ class UserBatchesMixin:
             return super()._get_train_sampler(train_dataset)
         dataset = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        batch_size = self.args.per_device_train_batch_size
-        users = _column(dataset, "user_index")
-        return OwnerSampler(users, self._shards.owners, self._shards.processes, batch_size, seed)
+        users, owners = _column(dataset, "user_index"), self._shards.owners
+        sampler = OwnerSampler(users, owners, self._shards.processes, self._train_batch_size, seed)
+        self._owner_sampler = sampler
+        return sampler
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         ahead, self._next_window = self._next_window, None
@@ -244,9 +277,12 @@ class UserBatchesMixin:
         else:  # the first of an epoch
             window = self._fetch(epoch_iterator, num_batches, device)
         working_sets = list(self.router.working_sets.values())
-        self._window_rows = self._users_of(window[0])
+        self._grow_users()
+        # those of a window that ended without a step (of a stream) go on with the next
+        rows = self._users_of(window[0])
+        self._window_rows = sorted({*self._window_rows, *rows})
         for working_set in working_sets:
-            working_set.hold(self._window_rows)
+            working_set.hold(rows)
         # The next window is fetched now, so that its users are read while this one computes. A stream whose users grow is not
         # read ahead: it would number users who are never trained.
         if working_sets and window[0] and not self._users_grow:
@@ -308,6 +344,8 @@ class UserBatchesMixin:
             square = self.accelerator.reduce(square, "sum")
         common = _whole(get_total_norm([parameter.grad for parameter in shared]))
         total = (common.double().square() + square.to(common.device)).sqrt().to(common.dtype)
+        if not total.isfinite():
+            return total  # scaling would make all gradients NaN; the optimizer then names whose they are
         plain = [parameter for parameter in shared if not isinstance(parameter.grad, DTensor)]
         clip_grads_with_norm_([*plain, *users], self.args.max_grad_norm, total)
         sharded = [parameter for parameter in shared if isinstance(parameter.grad, DTensor)]
@@ -341,6 +379,16 @@ class UserBatchesMixin:
         return self.router.resolve(user_index.repeat(2), unseen="common")
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        self._grow_users()
+        # around forward and backward: an activation checkpointing that is not transformers' own recomputes in the backward
+        with self.router.use(self._tiled_route(inputs["user_index"])):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self._average_users()
+        return loss
+
+    def _grow_users(self) -> None:
+        """Rows for users who have appeared in a stream."""
         if self._users_grow and len(self.users) > self.router.rows:
             if self.accelerator.num_processes > 1:
                 raise UnsupportedError(
@@ -348,12 +396,6 @@ class UserBatchesMixin:
                     "Give users=UserRegistry(...)."
                 )
             self.model.base_model.grow_users()
-        # around forward and backward: an activation checkpointing that is not transformers' own recomputes in the backward
-        with self.router.use(self._tiled_route(inputs["user_index"])):
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.sync_gradients:
-            self._average_users()
-        return loss
 
     @staticmethod
     def _weighed(model, weights: torch.Tensor | None):
@@ -404,10 +446,14 @@ class UserBatchesMixin:
         mode = "train" if self.model.training else "eval"
         if mode == "train" and self.args.logging_strategy == "no":
             return  # nobody would ever take them: 10 MB per 1,000 steps of 8 pairs
-        if weights is None:
-            gathered = self.accelerator.gather_for_metrics((user_index, chosen, rejected))
+        gathered: Any = (user_index, chosen, rejected)
+        if mode == "eval":
+            gathered = self.accelerator.gather_for_metrics(gathered)
+        elif weights is None:
+            # One process. `gather_for_metrics` would cut a batch that is computed after the last of the epoch was fetched.
+            pass
         else:
-            *gathered, weights = self.accelerator.gather((user_index, chosen, rejected, weights))
+            *gathered, weights = self.accelerator.gather((*gathered, weights))
             gathered = [tensor[weights > 0] for tensor in gathered]
         self._scores[mode].append(tuple(tensor.cpu() for tensor in gathered))
 
@@ -533,6 +579,13 @@ class UserBatchesMixin:
         """Every process puts its users' records into one folder; the files of all of them."""
         working_set.flush()
         everywhere = gather_object(working_set.store.save_segments(directory))
+        self.accelerator.wait_for_everyone()
+        missing = [item["file"] for item in everywhere if not (directory / item["file"]).exists()]
+        if missing:
+            raise BankError(
+                f"{directory} lacks {len(missing)} files of other processes ({missing[0]}, ...): the machines do not share this folder. "
+                "user_sharding='owner' on several machines needs an output_dir that all of them see; else use 'union'."
+            )
         return list({segment["file"]: segment for segment in everywhere}.values())
 
     def evaluation_loop(self, *args, **kwargs):
@@ -541,10 +594,11 @@ class UserBatchesMixin:
         # any process may be given any user to evaluate: let all read the records of all
         working_sets = list(self.router.working_sets.values())
         for working_set in working_sets:
-            directory = Path(self._bank_dir(self.args)).parent / "lent"
+            directory = Path(self.args.output_dir, WORKING_FOLDER, "lent")
             segments = self._gather_segments(working_set, directory)
             if self.is_world_process_zero():
                 working_set.store.write_manifest(directory, segments, len(self.users))
+                remove_unnamed(directory, segments)
             self.accelerator.wait_for_everyone()
             working_set.borrow(directory, len(self.users))
         try:
