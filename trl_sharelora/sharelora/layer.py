@@ -247,12 +247,7 @@ class Linear(nn.Module, ShareLoraLayer):
         base = self.base_layer
         kind = type(base)
         known = kind.__name__ in _PLAIN.get(kind.__module__.split(".")[0], ())
-        # an instance's own `forward` is somebody's hook (accelerate's add_hook_to_module)
-        return (
-            known
-            and "forward" not in base.__dict__
-            and not (base._forward_hooks or base._backward_hooks or base._backward_pre_hooks)
-        )
+        return known and not (base._forward_hooks or base._backward_hooks or base._backward_pre_hooks)
 
     def _fresh(self, y: torch.Tensor, plain: bool) -> torch.Tensor | None:
         """y, or the tensor it is the whole view of, if it can be written into; None if not."""

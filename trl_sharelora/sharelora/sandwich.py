@@ -49,6 +49,15 @@ def per_row(own: torch.Tensor, inverse: torch.Tensor | None) -> torch.Tensor:
     return own if inverse is None else own.index_select(0, inverse)
 
 
+def _groups(own: torch.Tensor, inverse: torch.Tensor | None) -> torch.Tensor:
+    """Factors of each row, or those of the only user `(1, ...)`: then all rows go through one product, as in plain LoRA."""
+    return own if len(own) == 1 else per_row(own, inverse)
+
+
+def _grouped(x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    return x.reshape(len(own), -1, x.shape[-1])
+
+
 def gather(rows: Rows, dtype: torch.dtype) -> torch.Tensor:
     """`A_0 + D_u` for each row of the batch, `(batch, *shape)`."""
     return per_row(factors(rows, dtype), rows.inverse)
@@ -57,10 +66,10 @@ def gather(rows: Rows, dtype: torch.dtype) -> torch.Tensor:
 def _spread(rows: Rows, gradient: torch.Tensor, needs_moves: bool, needs_common: bool):
     """Gradients of `moves` and `common` from that of the factors of each row `(batch, *shape)`."""
     gradient = gradient.to(rows.moves.dtype)
-    if rows.inverse is not None:
+    each = rows.each
+    users = each.stop - each.start if isinstance(each, slice) else len(each)
+    if rows.inverse is not None and not len(gradient) == users == 1:
         # First the rows of a user among themselves, then to what has accumulated, wherever that is: the same sums bit by bit.
-        each = rows.each
-        users = each.stop - each.start if isinstance(each, slice) else len(each)
         sums = gradient.new_zeros(users, *gradient.shape[1:])
         gradient = sums.index_add_(0, rows.inverse, gradient)
     common = gradient.sum(0).to(rows.common.dtype) if needs_common else None
@@ -108,7 +117,7 @@ class _Function(torch.autograd.Function):
             moves = lease.working_set.module(number)
         rows = Rows(moves, common, *ctx.rest)
         own, *others = ctx.saved_tensors
-        return rows, per_row(own, rows.inverse), *others
+        return rows, own, *others
 
 
 class Gather(_Function):
@@ -137,8 +146,9 @@ class ShrinkOwn(_Function):
         own = factors(rows, dtype)
         _Function.keep(ctx, rows, own, x)
         ctx.scaling, ctx.dtype, ctx.in_place = scaling, dtype, in_place
-        through = _pass_on(ctx, x)
-        return through, torch.bmm(_three(x).to(dtype), per_row(own, inverse).mT).mul_(scaling)
+        through, own = _pass_on(ctx, x), _groups(own, inverse)
+        h = torch.bmm(_grouped(x, own).to(dtype), own.mT).mul_(scaling)
+        return through, h.reshape(x.shape[0], -1, h.shape[-1])
 
     @staticmethod
     @once_differentiable
@@ -146,13 +156,14 @@ class ShrinkOwn(_Function):
         if dh is None:
             return dx, *[None] * 10
         rows, own, x = _Function.kept(ctx)
+        own = _groups(own, rows.inverse)
         needs_x, needs_moves, needs_common = ctx.needs_input_grad[:3]
-        dh = dh * ctx.scaling
+        dh = _grouped(dh * ctx.scaling, own)
         if needs_x:
             dx = _add_product(dx, dh, own, x, ctx.in_place)
         moves = common = None
         if needs_moves or needs_common:
-            moves, common = _spread(rows, torch.bmm(dh.mT, _three(x).to(ctx.dtype)), needs_moves, needs_common)
+            moves, common = _spread(rows, torch.bmm(dh.mT, _grouped(x, own).to(ctx.dtype)), needs_moves, needs_common)
         return dx if needs_x else None, moves, common, *[None] * 8
 
 
@@ -210,19 +221,21 @@ class ExpandOwn(_Function):
         own = factors(rows, h.dtype)
         _Function.keep(ctx, rows, own, h)
         ctx.mark_dirty(y)
-        y.view(*h.shape[:2], -1).baddbmm_(h, per_row(own, inverse).mT)
+        own = _groups(own, inverse)
+        y.view(len(own), -1, y.shape[-1]).baddbmm_(_grouped(h, own), own.mT)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         rows, own, h = _Function.kept(ctx)
+        own = _groups(own, rows.inverse)
         _, needs_h, needs_moves, needs_common = ctx.needs_input_grad[:4]
-        dy_rows = dy.reshape(*h.shape[:2], -1)
-        dh = torch.bmm(dy_rows, own) if needs_h else None
+        dy_rows = _grouped(dy, own)
+        dh = torch.bmm(dy_rows, own).reshape(h.shape) if needs_h else None
         moves = common = None
         if needs_moves or needs_common:
-            moves, common = _spread(rows, torch.bmm(dy_rows.mT, h), needs_moves, needs_common)
+            moves, common = _spread(rows, torch.bmm(dy_rows.mT, _grouped(h, own)), needs_moves, needs_common)
         return dy, dh, moves, common, *[None] * 5
 
 
@@ -245,7 +258,7 @@ def _add_product(
         return torch.matmul(dh, own).reshape(x.shape).to(x.dtype)
     if in_place and dx.dtype == dh.dtype and dx.is_contiguous():
         if own.ndim == 3:
-            _three(dx).baddbmm_(dh, own)
+            _grouped(dx, own).baddbmm_(dh, own)
         else:
             _two(dx).addmm_(_two(dh), own)
         return dx
