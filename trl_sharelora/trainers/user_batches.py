@@ -449,10 +449,8 @@ class UserBatchesMixin:
         gathered: Any = (user_index, chosen, rejected)
         if mode == "eval":
             gathered = self.accelerator.gather_for_metrics(gathered)
-        elif weights is None:
-            # One process. `gather_for_metrics` would cut a batch that is computed after the last of the epoch was fetched.
-            pass
-        else:
+        elif weights is not None:
+            # not `gather_for_metrics`: it would cut a batch that is computed after the last of the epoch was fetched
             *gathered, weights = self.accelerator.gather((*gathered, weights))
             gathered = [tensor[weights > 0] for tensor in gathered]
         self._scores[mode].append(tuple(tensor.cpu() for tensor in gathered))
