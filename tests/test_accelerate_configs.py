@@ -23,7 +23,7 @@ from trl import TrlParser
 from trl_sharelora import ShareLoraConfig, ShareLoraRewardConfig, cli
 from trl_sharelora.errors import UnsupportedError
 from trl_sharelora.scripts import launch
-from trl_sharelora.trainers import reward_config
+from trl_sharelora.trainers import user_arguments
 
 
 ROOT = Path(__file__).parents[1]
@@ -230,11 +230,11 @@ def test_the_command_refuses_deepspeed_before_accelerate_looks_for_it(asked, mon
 
 def test_data_parallel_is_refused(tmp_path, monkeypatch):
     args = ShareLoraRewardConfig(str(tmp_path), use_cpu=True)
-    reward_config.refuse_data_parallel(args)
+    user_arguments.refuse_data_parallel(args)
     monkeypatch.setattr(args, "_n_gpu", 2, raising=False)
     assert args.parallel_mode == ParallelMode.NOT_DISTRIBUTED
     with pytest.raises(UnsupportedError, match=r"2 GPUs are visible to one process.*nn\.DataParallel.*multi_gpu"):
-        reward_config.refuse_data_parallel(args)
+        user_arguments.refuse_data_parallel(args)
     # one process per GPU
     monkeypatch.setattr(ShareLoraRewardConfig, "parallel_mode", ParallelMode.DISTRIBUTED)
-    reward_config.refuse_data_parallel(args)
+    user_arguments.refuse_data_parallel(args)

@@ -21,6 +21,7 @@ PACKAGE = ROOT / "trl_sharelora"
 # A module may import what stands on its own level or below; `trl` belongs to levels 3 and 4.
 LEVELS = {
     "errors": 0,
+    "pessimism": 0,
     "users": 0,
     "sharelora": 1,
     "data": 2,
@@ -28,6 +29,7 @@ LEVELS = {
     "export": 2,
     "forget": 2,
     "new_users": 2,
+    "rewards": 2,
     "trainers": 3,
     "scripts": 4,
     "cli": 4,

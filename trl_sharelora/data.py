@@ -192,8 +192,8 @@ def _check_content(row: dict[str, Any], row_number: int, findings: _Findings) ->
     return form
 
 
-def _missing_columns(columns: list[str], user_column: str) -> list[str]:
-    """A sentence for each column that is needed and not there."""
+def _missing_columns(columns: list[str], user_column: str, prompts: bool = False) -> list[str]:
+    """A sentence for each column that is needed and not there: of preference rows, or of rows of prompts."""
     listed = ", ".join(repr(column) for column in columns) or "none"
     problems = []
     if user_column not in columns:
@@ -204,7 +204,12 @@ def _missing_columns(columns: list[str], user_column: str) -> list[str]:
             f"There is no column {user_column!r} to say whose preference each row is; the columns are {listed}.{guess} Name "
             "the right one with user_column=..., or rename it (dataset.rename_column)."
         )
-    if _token_columns(columns) is None:
+    if prompts and "prompt" not in columns:
+        problems.append(
+            f"There is no column 'prompt'; the columns are {listed}. The policy completes prompts; if they are part of `chosen` and "
+            "`rejected`, take them out first (trl.extract_prompt)."
+        )
+    elif not prompts and _token_columns(columns) is None:
         for column in ("chosen", "rejected"):
             if column not in columns:
                 problems.append(
@@ -272,6 +277,68 @@ def check_preference_rows(dataset: Dataset, user_column: str = "user_id", name: 
         rarer, usual = sorted(("text", "messages"), key=lambda form: len(forms[form]))
         for row_number in forms[rarer]:
             findings.add("mixed", "The rows", row_number, f"these hold {rarer}, {len(forms[usual])} others {usual}")
+    findings.raise_if_any(name)
+
+
+def check_prompt_rows(dataset: Dataset, user_column: str = "user_id", name: str = "train") -> None:
+    """Look at every row of a dataset of prompts, each of a user, before a policy is trained on it.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Rows with a `prompt`, text or messages; other columns are for the reward functions and not looked at.
+        user_column (`str`, *optional*, defaults to `"user_id"`):
+            The column that names the user.
+        name (`str`, *optional*, defaults to `"train"`):
+            What to call the dataset in a message.
+
+    Raises:
+        UserIdError: The ids are the only thing wrong.
+        DataError: The dataset is empty, a column is missing, or a prompt is missing, empty, malformed or of another form.
+    """
+    dataset = _require_dataset(dataset, name)
+    findings = _Findings()
+    if len(dataset) == 0:
+        findings.columns.append("It is empty: 0 rows. Look at the name of the split and at the filters before it.")
+    columns = dataset.column_names
+    findings.columns += _missing_columns(columns, user_column, prompts=True) if columns else []
+    dataset = dataset.with_format(None)
+    if user_column in columns:
+        findings.ids = _problem_of_ids(dataset, user_column)
+    forms: dict[str | None, list[int]] = {}
+    if "prompt" in columns:
+        for row_number, prompt in enumerate(dataset["prompt"]):
+            forms.setdefault(_check_texts({"prompt": prompt}, row_number, findings), []).append(row_number)
+    if "text" in forms and "messages" in forms:
+        rarer, usual = sorted(("text", "messages"), key=lambda form: len(forms[form]))
+        for row_number in forms[rarer]:
+            findings.add("mixed", "The rows", row_number, f"these hold {rarer}, {len(forms[usual])} others {usual}")
+    findings.raise_if_any(name)
+
+
+def check_prompt_row(row: dict[str, Any], row_number: int, user_column: str = "user_id", name: str = "train") -> None:
+    """The checks of [`check_prompt_rows`] for one row.
+
+    Args:
+        row (`dict`):
+            The row.
+        row_number (`int`):
+            Its place, for the message.
+        user_column (`str`, *optional*, defaults to `"user_id"`):
+            The column that names the user.
+        name (`str`, *optional*, defaults to `"train"`):
+            What to call the dataset in a message.
+
+    Raises:
+        UserIdError, DataError: As in [`check_prompt_rows`].
+    """
+    findings = _Findings()
+    findings.columns = [f"Row {row_number}: {problem}" for problem in _missing_columns(list(row), user_column, True)]
+    if not findings.columns:
+        try:
+            user_id_as_text(row[user_column], where=f"row {row_number} of column {user_column!r}")
+        except UserIdError as error:
+            findings.ids = str(error)
+        _check_texts({"prompt": row["prompt"]}, row_number, findings)
     findings.raise_if_any(name)
 
 
@@ -356,31 +423,51 @@ def tokenize_preference(example: dict[str, Any], processing_class: Any) -> dict[
     pair = _token_columns(example)
     if pair:
         return {"chosen_ids": example[pair[0]], "rejected_ids": example[pair[1]]}
-    chosen, rejected = example["chosen"], example["rejected"]
-    prompt = example.get("prompt")
-    if isinstance(chosen, list):
-        tools = example.get("tools")
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-        template_arguments = {"tools": tools, **(example.get("chat_template_kwargs") or {})}
-        chosen_ids, rejected_ids = (
-            processing_class.apply_chat_template(
-                (prompt or []) + answer, tokenize=True, return_dict=True, **template_arguments
-            )["input_ids"]
-            for answer in (chosen, rejected)
+    tools = example.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    template_arguments = {"tools": tools, **(example.get("chat_template_kwargs") or {})}
+    chosen_ids, rejected_ids = (
+        tokenize_completion(example.get("prompt"), example[side], processing_class, template_arguments)
+        for side in ("chosen", "rejected")
+    )
+    return {"chosen_ids": chosen_ids, "rejected_ids": rejected_ids}
+
+
+def tokenize_completion(
+    prompt: Any,
+    completion: Any,
+    processing_class: Any,
+    template_arguments: dict[str, Any] | None = None,
+) -> list[int]:
+    """Token ids of a prompt and its answer, as [`tokenize_preference`] makes them for either answer of a row.
+
+    Args:
+        prompt (`str` or `list[dict]`, *optional*):
+            Text or messages; None where the answer holds it.
+        completion (`str` or `list[dict]`):
+            Of the same form.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer.
+        template_arguments (`dict`, *optional*):
+            For the chat template (`tools` and others); not used for text.
+
+    Raises:
+        ConfigError: The tokenizer has no end token, which closes every text.
+    """
+    if isinstance(completion, list):
+        tokens = processing_class.apply_chat_template(
+            (prompt or []) + completion, tokenize=True, return_dict=True, **(template_arguments or {})
         )
-    else:
-        eos = processing_class.eos_token
-        if eos is None:
-            raise ConfigError(
-                f"The tokenizer ({type(processing_class).__name__}) has no end token, which closes every standard row. Encoder "
-                "tokenizers have none: set processing_class.eos_token = processing_class.sep_token (for the trainer: "
-                'eos_token="[SEP]" in its config).'
-            )
-        chosen_ids, rejected_ids = (
-            processing_class(text=(prompt or "") + (answer if answer.endswith(eos) else answer + eos))["input_ids"]
-            for answer in (chosen, rejected)
+        return list(tokens["input_ids"])
+    eos = processing_class.eos_token
+    if eos is None:
+        raise ConfigError(
+            f"The tokenizer ({type(processing_class).__name__}) has no end token, which closes every standard row. Encoder "
+            "tokenizers have none: set processing_class.eos_token = processing_class.sep_token (for the trainer: "
+            'eos_token="[SEP]" in its config).'
         )
-    return {"chosen_ids": list(chosen_ids), "rejected_ids": list(rejected_ids)}
+    text = (prompt or "") + (completion if completion.endswith(eos) else completion + eos)
+    return list(processing_class(text=text)["input_ids"])
 
 
 def load_preferences(path_or_id: str | os.PathLike, split: str | None = None) -> Dataset:

@@ -52,6 +52,10 @@ class CapacityError(ShareLoraError):
     """More users at once than the working set has slots, or a row beyond the users of the adapter."""
 
 
+class PessimismError(ShareLoraError):
+    """A pessimistic reward was asked for whose set was never fitted, or does not fit the model, the data or the reference."""
+
+
 class UnsupportedError(ShareLoraError):
     """Something TRL, PEFT or torch can do that is meaningless or untested with personal parameters; refused by name."""
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from .errors import AdapterMismatchError, ConfigError
 from .sharelora.config import PERSONAL_FACTOR, ShareLoraConfig
 from .sharelora.layer import lora_factors
+from .sharelora.model import VALUE_HEAD
 from .sharelora.routing import get_router
 from .sharelora.store import BANK_FOLDER, read_row
 
@@ -72,6 +73,8 @@ def export_user(model_or_dir: PeftModel | str | Path, user_id: str, output_dir: 
     exported: dict[str, torch.Tensor] = {}
     modules: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in state.items():
+        if f".{VALUE_HEAD}." in key:
+            continue  # a critic is of the training, not of the policy, and a plain base has no place for it
         match = _FACTOR.fullmatch(key)
         if match is None:
             exported[key] = tensor  # head, other modules_to_save, trained tokens: shared by all users
@@ -95,7 +98,7 @@ def export_user(model_or_dir: PeftModel | str | Path, user_id: str, output_dir: 
         r=config.r,
         lora_alpha=config.r,  # scaling 1: it is in B
         target_modules=_target_modules(list(modules), config),
-        modules_to_save=_without_duplicates(config.modules_to_save),
+        modules_to_save=[name for name in dict.fromkeys(config.modules_to_save or ()) if name != VALUE_HEAD] or None,
         trainable_token_indices=config.trainable_token_indices,
         layers_to_transform=None,
         task_type=config.task_type,
@@ -139,7 +142,3 @@ def _target_modules(names: list[str], config: ShareLoraConfig) -> Any:
     if everywhere and isinstance(config.target_modules, set | list):
         return sorted(config.target_modules)
     return sorted(name.removeprefix("base_model.model.") for name in names)
-
-
-def _without_duplicates(names: list[str] | None) -> list[str] | None:
-    return None if names is None else list(dict.fromkeys(names))

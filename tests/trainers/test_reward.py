@@ -35,7 +35,9 @@ from trl_sharelora.errors import (
     UnsupportedError,
     UserIdError,
 )
-from trl_sharelora.trainers.user_batches import UserBatchCollator, UserBatchesMixin
+from trl_sharelora.trainers.preferences import PreferencePairsMixin, UserBatchCollator
+from trl_sharelora.trainers.seams import check_seams
+from trl_sharelora.trainers.user_batches import UserBatchesMixin
 
 
 ADAPTER = dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
@@ -605,32 +607,30 @@ def test_a_nan_row_stops_the_run_names_its_user_and_reaches_nobody(tmp_path):
 
 def test_overrides_are_those_the_docstrings_name_and_fit_their_parents():
     """An override that TRL renames or reshapes would silently never be called."""
-    named = {"_prepare_dataset", "_set_signature_columns_if_needed", "training_step", "log"}
-    named |= {"create_optimizer", "_load_from_checkpoint", "_load_best_model", "create_model_card"}
-    named |= {"get_batch_samples", "_clip_grad_norm", "_load_optimizer_and_scheduler"}
-    named |= {"_get_train_sampler", "save_model", "evaluation_loop"}
     inherited = set(dir(RewardTrainer))
-    methods = {name for name, value in vars(UserBatchesMixin).items() if inspect.isfunction(value)}
-    assert methods & inherited == named
-    assert all(f"`{name}`" in UserBatchesMixin.__doc__ for name in named)
-    own = {name for name, value in vars(ShareLoraRewardTrainer).items() if inspect.isfunction(value)} & inherited
-    assert own == {"__init__", "compute_loss"}
-    assert all(f"`{name}`" in ShareLoraRewardTrainer.__doc__ for name in named | own)
-    for name, parameters in {
-        "_prepare_dataset": ["self", "dataset", "processing_class", "args", "dataset_name"],
-        "_set_signature_columns_if_needed": ["self"],
-        "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
-        "log": ["self", "logs", "start_time"],
-        "create_optimizer": ["self", "model"],
-        "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
-        "_load_best_model": ["self"],
-        "_load_optimizer_and_scheduler": ["self", "checkpoint"],
-        "get_batch_samples": ["self", "epoch_iterator", "num_batches", "device"],
-        "_clip_grad_norm": ["self", "model"],
-        "_get_train_sampler": ["self", "train_dataset"],
-        "save_model": ["self", "output_dir", "_internal_call"],
-    }.items():
-        assert list(inspect.signature(getattr(RewardTrainer, name)).parameters) == parameters, name
+    named = set()
+    for cls in (UserBatchesMixin, PreferencePairsMixin, ShareLoraRewardTrainer):
+        methods = {name for name, value in vars(cls).items() if inspect.isfunction(value)} & inherited
+        assert methods and all(f"`{name}`" in cls.__doc__ for name in methods)
+        assert all(f"`{name}`" in ShareLoraRewardTrainer.__doc__ for name in methods)
+        unchecked = methods - set(cls._seams) - {"__init__", "evaluation_loop", "create_model_card"}
+        assert not unchecked, unchecked
+        named |= methods
+    assert len(named) == 16
+    check_seams(ShareLoraRewardTrainer)
+
+
+def test_another_trl_is_refused_with_a_clear_message(tmp_path, monkeypatch):
+    def log(self, logs):
+        """Of a TRL to come."""
+
+    monkeypatch.setattr(RewardTrainer, "log", log)
+    with pytest.raises(UnsupportedError, match=r"overrides log\(logs, start_time\) of TRL .*RewardTrainer.log takes \(logs\)"):
+        make_trainer(tmp_path)
+    monkeypatch.undo()
+    monkeypatch.delattr(RewardTrainer, "_prepare_dataset")
+    with pytest.raises(UnsupportedError, match="_prepare_dataset.*but it is not there"):
+        check_seams(ShareLoraRewardTrainer)
 
 
 def test_learning_rates_and_decay_reach_their_parts(tmp_path):

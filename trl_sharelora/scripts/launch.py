@@ -207,7 +207,7 @@ def refuse_deepspeed_launch(use_deepspeed: bool, config_file: str | None) -> Non
     Raises:
         UnsupportedError: one of the two asks for DeepSpeed.
     """
-    from ..trainers.reward_config import deepspeed_message
+    from ..trainers.user_arguments import deepspeed_message
 
     if use_deepspeed:
         raise UnsupportedError(deepspeed_message("--use_deepspeed"))

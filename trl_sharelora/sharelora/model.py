@@ -1,5 +1,6 @@
 """ShareLoraModel: injects the layers, connects the bank, loads with checks, generates with beams, merges one user."""
 
+import copy
 import functools
 import os
 from typing import Any, Literal
@@ -20,6 +21,8 @@ from .routing import Route, Router
 from .store import Layout, UserStore
 
 
+# the critic of a policy, among `modules_to_save`: made here where the base has none
+VALUE_HEAD = "value_head"
 # bank="auto": weights, gradients and two moments of all users as Parameters up to here, 16 bytes per weight; then records in
 # memory up to this share of it. Above the first, a step's dense gradient and DDP's average of it begin to be felt.
 RESIDENT_BYTES = 2 << 30
@@ -65,6 +68,8 @@ class ShareLoraModel(BaseTuner):
                 # no backward, and never unpacks it: training on would lose the gradient through the base without a word.
                 # (The repacking also fails for sizes that are no multiples of its blocks.)
                 module.support_avx512bf16_for_cpu = False
+        if VALUE_HEAD in (config.modules_to_save or ()) and not hasattr(model, VALUE_HEAD):
+            make_value_head(model)  # before PEFT looks for it: an adapter with a critic loads onto any base
         # before the layers, which refer to it
         self.router = Router(config.users)
         self._hooks = [
@@ -93,16 +98,25 @@ class ShareLoraModel(BaseTuner):
         return "ram" if 12 * numel * len(config.users) <= RAM_SHARE * memory else "mmap"
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = self.peft_config[adapter_name]
+        original = next((n for n, c in self.peft_config.items() if c is config and n != adapter_name), None)
+        if original in self._working_sets():
+            # TRL makes its reference adapter with the very config of the adapter it copies; each saves its own bank
+            self.peft_config[adapter_name] = copy.copy(config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if self.peft_config[adapter_name].bank in ("ram", "mmap"):
-            self._connect_bank(model, adapter_name)
+            self._connect_bank(model, adapter_name, original)
         if str(self.peft_config[adapter_name].task_type).endswith("SEQ_CLS"):
             for module in model.modules():
                 if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
                     _keep_in_float32(module.modules_to_save[adapter_name])
 
-    def _connect_bank(self, model: nn.Module, adapter_name: str) -> None:
-        """Give all modules of an adapter one working set, over a new store or the one that was saved."""
+    def _working_sets(self) -> dict[str, WorkingSet]:
+        """The working sets so far, by adapter; none before the first adapter is injected."""
+        return self.router.working_sets if hasattr(self, "router") else {}
+
+    def _connect_bank(self, model: nn.Module, adapter_name: str, original: str | None) -> None:
+        """Give all modules of an adapter one working set, over a new store, the one that was saved, or a copy of another's."""
         config = self.peft_config[adapter_name]
         banks: dict[str, SlotBank] = {}
         for name, module in model.named_modules():
@@ -116,9 +130,15 @@ class ShareLoraModel(BaseTuner):
             config.bank_second_moment,
             rank_axis=1 if config.share == "A" else 0,
         )
-        store = UserStore(layout, config.bank, config.users.registry_id, config.bank_dir, num_users=len(config.users))
+        if original is None:
+            store = UserStore(
+                layout, config.bank, config.users.registry_id, config.bank_dir, num_users=len(config.users)
+            )
+        else:
+            self.router.working_sets[original].flush()
+            store = self.router.working_sets[original].store.snapshot()
         working_set = WorkingSet(adapter_name, layout, store, config.bank_slots)
-        if config.bank_source is not None:
+        if original is None and config.bank_source is not None:
             working_set.load(config.bank_source, len(config.users))
         for bank in banks.values():
             bank.working_set = working_set
@@ -330,6 +350,20 @@ class ShareLoraModel(BaseTuner):
                 for adapter_name in module.share:
                     module.bank(adapter_name).grow(len(self.router.users))
         self.router.rows = len(self.router.users)
+
+
+def make_value_head(model: nn.Module) -> None:
+    """Put a critic beside a causal model: a linear map from its last hidden state to a value, in float32.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The base.
+    """
+    hidden = model.config.get_text_config().hidden_size
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), None)
+    head = Float32Linear(hidden, 1, bias=False, device=device, dtype=torch.float32)
+    nn.init.zeros_(head.weight)  # all values 0: the first advantages are the returns
+    model.add_module(VALUE_HEAD, head)
 
 
 def _keep_in_float32(head: nn.Module) -> None:

@@ -1,20 +1,41 @@
 """ShareLoraRewardTrainer: TRL's RewardTrainer with one reward per user."""
 
-import copy
 from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedModel
 from trl import RewardTrainer
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError
 from ..sharelora.config import ShareLoraConfig
 from ..users import UserRegistry
-from .reward_config import ShareLoraRewardConfig, refuse_data_parallel
-from .user_batches import UserBatchesMixin
+from .preferences import PreferencePairsMixin
+from .reward_config import ShareLoraRewardConfig
+from .user_arguments import default_output_dir
 
 
-class ShareLoraRewardTrainer(UserBatchesMixin, RewardTrainer):
+_CARD_USAGE = """## Quick start
+
+A personalised reward model: {users} users share what they have in common, and each has a part of his own
+(`share="{share}"`). Every row needs the user whose reward is wanted (column `{column}` of the training data).
+
+```python
+import trl_sharelora  # registers the adapter type; without it PEFT raises KeyError: 'SHARELORA'
+from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{model}")
+model = AutoPeftModelForSequenceClassification.from_pretrained("{model}", num_labels=1)
+batch = tokenizer(["The capital of France is Paris."], return_tensors="pt")
+reward = model(**batch, user_ids=[model.peft_config["default"].users[0]]).logits
+```
+
+`trl_sharelora.export_user(path, user_id, output_dir)` writes one user as an ordinary LoRA that needs only PEFT. The user
+ids are in `users.json`; do not publish it if they are personal data.
+"""
+
+
+class ShareLoraRewardTrainer(PreferencePairsMixin, RewardTrainer):
     """
     Trainer of a reward model in which every user has a part of his own.
 
@@ -23,7 +44,7 @@ class ShareLoraRewardTrainer(UserBatchesMixin, RewardTrainer):
     (https://huggingface.co/papers/2503.19201).
 
     It overrides of RewardTrainer: `__init__` (the users), `compute_loss` (the route, the rewards for exact metrics), and
-    those of [`UserBatchesMixin`]: `_prepare_dataset`, `_set_signature_columns_if_needed`, `get_batch_samples`,
+    those of [`PreferencePairsMixin`]: `_prepare_dataset`, `_set_signature_columns_if_needed`, `get_batch_samples`,
     `_get_train_sampler`, `training_step`, `_clip_grad_norm`, `log`, `create_optimizer`, `_load_from_checkpoint`,
     `_load_optimizer_and_scheduler`, `_load_best_model`, `save_model`, `evaluation_loop`, `create_model_card`.
 
@@ -64,6 +85,10 @@ class ShareLoraRewardTrainer(UserBatchesMixin, RewardTrainer):
     """
 
     _tag_names = ["trl", "reward-trainer", "sharelora"]
+    _seams = {"compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"]}
+    _task_type = "SEQ_CLS"
+    _card_usage = _CARD_USAGE
+    _metric_names = {"accuracy": "accuracy", "ties": "ties", "margin": "margin", "mean_reward": "mean_reward"}
     _paper = {
         "title": "A Shared Low-Rank Adaptation Approach to Personalized RLHF",
         "id": "2503.19201",
@@ -81,62 +106,20 @@ class ShareLoraRewardTrainer(UserBatchesMixin, RewardTrainer):
         **kwargs: Any,
     ):
         if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
-            args = ShareLoraRewardConfig(f"{name.split('/')[-1]}-Reward")
+            args = ShareLoraRewardConfig(default_output_dir(model, "Reward"))
         if not isinstance(args, ShareLoraRewardConfig):
             raise ConfigError(
                 f"args is a {type(args).__name__}; a ShareLoraRewardConfig is needed (same fields, and the users')."
             )
-        refuse_data_parallel(args)
-        if train_dataset is None:
-            raise DataError("`train_dataset` is required: preference rows with a column that names the user.")
-        self._check_adapter(model, peft_config)
-        if peft_config is not None and peft_config.users is not None:
-            if users is not None and users != peft_config.users:
-                raise ConfigError("`users` and `peft_config.users` name different users; give one of them.")
-            users = peft_config.users
-        self.users = self._gather_users(model, args, train_dataset, users)
-        if peft_config is not None:
-            peft_config = copy.deepcopy(peft_config)  # PEFT extends its modules_to_save in place
-            peft_config.task_type = "SEQ_CLS"  # without it the head would be neither trained nor saved
-            peft_config.set_users(self.users)
-        learned = {}
-        if isinstance(model, PeftModel):
-            model.base_model.grow_users()
-            # TRL casts the trainable weights of a quantised base to bf16; what an adapter has learned is put back below
-            learned = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-            if not learned:
-                raise ConfigError(
-                    "The adapter is frozen; load it with PeftModel.from_pretrained(..., is_trainable=True)."
-                )
+        peft_config = self._prepare_users(model, args, train_dataset, peft_config, users)
         super().__init__(model, args, data_collator, train_dataset, *rest, peft_config=peft_config, **kwargs)
-        self._start_routing()
-        for name, parameter in self.model.named_parameters():
-            if name in learned:
-                parameter.data.copy_(learned[name])
-
-    @staticmethod
-    def _check_adapter(model: Any, peft_config: Any) -> None:
-        if peft_config is None:
-            adapter = None if isinstance(model, str) else getattr(model, "peft_config", {}).get("default")
-            if not isinstance(adapter, ShareLoraConfig):
-                raise ConfigError(
-                    "Neither a ShareLoRA adapter on the model nor a peft_config came. Give peft_config=ShareLoraConfig(r=32, "
-                    "lora_alpha=16), or a PeftModel with a ShareLoRA adapter named 'default'."
-                )
-        elif not isinstance(peft_config, ShareLoraConfig):
-            raise ConfigError(
-                f"peft_config is a {type(peft_config).__name__}; a ShareLoraConfig is needed here. For one reward for everybody use "
-                "trl.RewardTrainer."
-            )
-        elif str(peft_config.task_type or "SEQ_CLS").split(".")[-1] != "SEQ_CLS":
-            raise ConfigError(
-                f"peft_config.task_type={peft_config.task_type!r}; a reward model needs 'SEQ_CLS' (or None)."
-            )
+        self._start_pairs()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         user_index, weights = inputs.pop("user_index"), inputs.pop("weights", None)
         with self.router.use(self._tiled_route(user_index)):
-            loss, outputs = super().compute_loss(self._weighed(model, weights), inputs, True, num_items_in_batch)
+            loss, outputs = super().compute_loss(
+                self._weighed(model, weights, "logits"), inputs, True, num_items_in_batch
+            )
         self._record_scores(user_index, outputs.logits.squeeze(-1), weights)
         return (loss, outputs) if return_outputs else loss

@@ -1,4 +1,4 @@
-"""What every personalised trainer adds to its TRL parent: the user column, from the dataset to the metrics.
+"""What every personalised trainer adds to its TRL parent: the users of a step, their rows, their checkpoints.
 
 The ids travel as a tensor of rows beside the batch, never inside it: TRL's models and collators need not know of them, and
 the route is open around a whole training step, backward included.
@@ -15,58 +15,32 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
+from peft import PeftModel
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.linalg import vector_norm
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import TrainerCallback
 
-from ..data import check_long_rows, check_preference_rows, check_row
 from ..errors import (
     AdapterMismatchError,
     BankError,
     ConfigError,
     DataError,
-    NonFiniteError,
-    UnknownUserError,
     UnsupportedError,
 )
-from ..evaluation import per_user_table
 from ..sharelora.bank import ResidentBank, WorkingSet, runs_of
 from ..sharelora.config import ShareLoraConfig
 from ..sharelora.optimizer import ShareLoraAdamW
-from ..sharelora.routing import Route, get_router
+from ..sharelora.routing import get_router
 from ..sharelora.store import BANK_FOLDER, WORKING_FOLDER, remove_unnamed
 from ..users import UserRegistry
+from .seams import check_seams
 from .sharding import OwnerSampler, UserShards, balanced_owners, check_common_start, prepare_fsdp
+from .user_arguments import refuse_data_parallel
 
 
 logger = logging.getLogger(__name__)
-
-
-class UserBatchCollator:
-    """Keeps the users of a batch beside what another collator makes of it.
-
-    Args:
-        collator (`Callable`):
-            Turns a list of examples into a batch; does not see the user.
-
-    Returns of a call: the collator's batch and `user_index` `(examples,)`, one row of the bank per example.
-    """
-
-    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]):
-        if getattr(collator, "padding_free", False) or getattr(collator, "return_position_ids", False):
-            raise UnsupportedError(
-                f"{type(collator).__name__} makes padding-free (packed) batches. Their rows are not samples, so they cannot be "
-                "given to users; use a collator that pads."
-            )
-        self.collator = collator
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        user_index = torch.tensor([example["user_index"] for example in examples], dtype=torch.long)
-        batch = self.collator([{k: v for k, v in example.items() if k != "user_index"} for example in examples])
-        batch["user_index"] = user_index
-        return batch
 
 
 class _ForgetVisits(TrainerCallback):
@@ -91,18 +65,92 @@ class _ForgetVisits(TrainerCallback):
 
 
 class UserBatchesMixin:
-    """Overrides of TRL's preference trainers that personalise them; goes before the TRL trainer in a class statement.
+    """Overrides of every personalised trainer, whatever its data; goes before the TRL trainer in a class statement.
 
-    `_prepare_dataset`, `_set_signature_columns_if_needed` (the user column), `get_batch_samples` (the users of a step),
-    `training_step` (the route), `_clip_grad_norm` (one norm over shared part and users), `log` (exact metrics),
-    `create_optimizer` (rows of users with data), `_load_from_checkpoint`, `_load_best_model` (same users, their records),
-    `create_model_card` (how to use it). With `user_sharding="owner"` also `_get_train_sampler`, `save_model`, `evaluation_loop`;
-    under FSDP also `_load_optimizer_and_scheduler`. Everything else is the parent's.
+    `get_batch_samples` (the users of a step), `training_step` (their average over processes), `_clip_grad_norm` (one norm over
+    shared part and users), `create_optimizer` (rows of users with data), `_load_from_checkpoint`, `_load_best_model` (same
+    users, their records), `create_model_card` (how to use it). With `user_sharding="owner"` also `_get_train_sampler`,
+    `save_model`, `evaluation_loop`; under FSDP also `_load_optimizer_and_scheduler`. Everything else is the parent's.
     """
 
+    _seams = {
+        "get_batch_samples": ["epoch_iterator", "num_batches", "device"],
+        "training_step": ["model", "inputs", "num_items_in_batch"],
+        "_clip_grad_norm": ["model"],
+        "create_optimizer": ["model"],
+        "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
+        "_load_optimizer_and_scheduler": ["checkpoint"],
+        "_load_best_model": [],
+        "_get_train_sampler": ["train_dataset"],
+        "save_model": ["output_dir", "_internal_call"],
+    }
     _tag_names: list[str]
+    # of the adapter: what PEFT must know to train and save what lies beside it
+    _task_type: str
+    # the kind of rows: how a data set, and one row of a stream, are checked before anything is trained on them
+    _check_rows: Callable[[Dataset, str, str], None]
+    _check_row: Callable[..., None]
+    # whether the next window's users are fetched while this one computes
+    _reads_ahead = True
+    # what the model card says under "Quick start"
+    _card_usage: str
 
     # -- before the parent's constructor ----------------------------------------------------------------------------------
+
+    def _prepare_users(
+        self,
+        model: Any,
+        args: Any,
+        train_dataset: Any,
+        peft_config: Any,
+        users: UserRegistry | None,
+    ) -> ShareLoraConfig | None:
+        """Everything that is checked and gathered before TRL builds the trainer; the adapter's config for it."""
+        check_seams(type(self))
+        refuse_data_parallel(args)
+        if train_dataset is None:
+            raise DataError("`train_dataset` is required: rows with a column that names the user.")
+        self._check_adapter(model, peft_config)
+        if peft_config is not None and peft_config.users is not None:
+            if users is not None and users != peft_config.users:
+                raise ConfigError("`users` and `peft_config.users` name different users; give one of them.")
+            users = peft_config.users
+        self.users = self._gather_users(model, args, train_dataset, users)
+        if peft_config is not None:
+            peft_config = copy.deepcopy(peft_config)  # PEFT extends its modules_to_save in place
+            peft_config.task_type = self._task_type  # for SEQ_CLS the head would else be neither trained nor saved
+            peft_config.set_users(self.users)
+        self._learned: dict[str, torch.Tensor] = {}
+        if isinstance(model, PeftModel):
+            model.base_model.grow_users()
+            # TRL casts the trainable weights of a quantised base to bf16; what an adapter has learned is put back afterwards
+            self._learned = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+            if not self._learned:
+                raise ConfigError(
+                    "The adapter is frozen; load it with PeftModel.from_pretrained(..., is_trainable=True)."
+                )
+        return peft_config
+
+    @classmethod
+    def _check_adapter(cls, model: Any, peft_config: Any) -> None:
+        config = peft_config
+        if peft_config is None:
+            config = None if isinstance(model, str) else getattr(model, "peft_config", {}).get("default")
+            if not isinstance(config, ShareLoraConfig):
+                raise ConfigError(
+                    "Neither a ShareLoRA adapter on the model nor a peft_config came. Give peft_config=ShareLoraConfig(r=32, "
+                    "lora_alpha=16), or a PeftModel with a ShareLoRA adapter named 'default'."
+                )
+        elif not isinstance(peft_config, ShareLoraConfig):
+            raise ConfigError(
+                f"peft_config is a {type(peft_config).__name__}; a ShareLoraConfig is needed here. For one model for everybody use "
+                f"trl.{cls.__name__.removeprefix('ShareLora')}."
+            )
+        if str(config.task_type or cls._task_type).split(".")[-1] != cls._task_type:
+            raise ConfigError(
+                f"The adapter has task_type={config.task_type!r}; {cls.__name__} needs {cls._task_type!r} (or None). A reward model "
+                "is 'SEQ_CLS', a policy 'CAUSAL_LM'."
+            )
 
     def _gather_users(self, model: Any, args: Any, train_dataset: Any, users: UserRegistry | None) -> UserRegistry:
         """The registry: given, of the loaded adapter, or built from the training data; checked rows first."""
@@ -130,78 +178,22 @@ class UserBatchesMixin:
                     raise DataError(
                         "The train dataset is an empty stream: it gives no row. Was it read to its end before?"
                     )
-                check_row(row, 0, args.user_column)
+                self._check_row(row, 0, args.user_column)
                 users = UserRegistry([row[args.user_column]])
         elif isinstance(train_dataset, Dataset):
-            check_preference_rows(train_dataset, args.user_column, "train")
+            self._check_rows(train_dataset, args.user_column, "train")
             known = 0 if users is None else len(users)
             users = UserRegistry() if users is None else users
-            users.add(_column(train_dataset, args.user_column), where=f"column {args.user_column!r}")
+            users.add(column_of(train_dataset, args.user_column), where=f"column {args.user_column!r}")
             if known and len(users) > known:
                 logger.info("%d users of the training data are new; %d were known.", len(users) - known, known)
         return users if users is not None else UserRegistry()
-
-    # -- the dataset --------------------------------------------------------------------------------------------------------
-
-    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        column = args.user_column
-        if isinstance(dataset, IterableDataset):
-            dataset = dataset.map(
-                _StreamedUsers(
-                    self.users, column, args.unseen, self._users_grow and dataset is self._train_rows, dataset_name
-                ),
-                with_indices=True,
-            )
-            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-
-        if dataset is not self._train_rows:
-            check_preference_rows(dataset, column, dataset_name)
-        user_ids = _column(dataset, column)
-        user_index = self.users.find(user_ids)
-        unseen = sorted({str(user_id) for user_id, row in zip(user_ids, user_index, strict=True) if row < 0})
-        if unseen and args.unseen == "raise":
-            raise UnknownUserError(
-                f"In the {dataset_name} dataset: {self.users.unknown_message(unseen)} In the trainer: "
-                'ShareLoraRewardConfig(unseen="common").'
-            )
-        if unseen:
-            logger.warning(
-                "%d of the %d rows of the %s dataset belong to %d users without training data; they are scored with the "
-                "common model (unseen='common').",
-                sum(row < 0 for row in user_index),
-                len(user_index),
-                dataset_name,
-                len(unseen),
-            )
-        # `map` and not `add_column`, which leaves a dataset with selected rows in pieces of a row each
-        dataset = dataset.map(
-            lambda _, rows: {"user_index": [user_index[row] for row in rows]},
-            with_indices=True,
-            batched=True,
-            desc=f"Finding the users of the {dataset_name} dataset",
-        )
-
-        # The parent tokenises and drops long rows in one go and says nothing; count them between the two.
-        without_limit = copy.copy(args)
-        without_limit.max_length = None
-        dataset = super()._prepare_dataset(dataset, processing_class, without_limit, dataset_name)
-        if args.max_length is not None and check_long_rows(dataset, args.max_length, column, dataset_name):
-            dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        return dataset
-
-    def _set_signature_columns_if_needed(self):
-        super()._set_signature_columns_if_needed()
-        if "user_index" not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, "user_index"]
 
     # -- after the parent's constructor -------------------------------------------------------------------------------------
 
     def _start_routing(self) -> None:
         self.router = get_router(self.model)
-        self.data_collator = UserBatchCollator(self.data_collator)
         self.add_callback(_ForgetVisits(self))
-        # per mode: (user_index, chosen reward, rejected reward) of each batch since the last log, of all ranks
-        self._scores: dict[str, list[tuple[torch.Tensor, ...]]] = {"train": [], "eval": []}
         self._train_rows = None
         # TRL casts the trainable weights of a quantised base to bf16, in which small updates vanish (TRL's own reason for
         # its exception for DoRA, huggingface/trl#7268).
@@ -209,6 +201,10 @@ class UserBatchesMixin:
             for parameter in self.model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
+        for name, parameter in self.model.named_parameters():
+            if name in self._learned:
+                parameter.data.copy_(self._learned[name])
+        self._learned = {}
 
         self._next_window: tuple[Any, ...] | None = None
         self._start_sharding()
@@ -252,7 +248,7 @@ class UserBatchesMixin:
                 "user_sharding='owner' came with split_batches=True, which cuts each batch into pieces for the processes, whoever "
                 "their users are. Leave split_batches out, or use user_sharding='union'."
             )
-        comparisons = np.bincount(_column(self.train_dataset, "user_index"), minlength=len(self.users))
+        comparisons = np.bincount(column_of(self.train_dataset, "user_index"), minlength=len(self.users))
         self._shards = UserShards(processes, process, balanced_owners(comparisons, processes))
         self.router.visits_are_local = True
         for working_set in working_sets:
@@ -265,7 +261,7 @@ class UserBatchesMixin:
             return super()._get_train_sampler(train_dataset)
         dataset = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        users, owners = _column(dataset, "user_index"), self._shards.owners
+        users, owners = column_of(dataset, "user_index"), self._shards.owners
         sampler = OwnerSampler(users, owners, self._shards.processes, self._train_batch_size, seed)
         self._owner_sampler = sampler
         return sampler
@@ -285,7 +281,7 @@ class UserBatchesMixin:
             working_set.hold(rows)
         # The next window is fetched now, so that its users are read while this one computes. A stream whose users grow is not
         # read ahead: it would number users who are never trained.
-        if working_sets and window[0] and not self._users_grow:
+        if working_sets and window[0] and self._reads_ahead and not self._users_grow:
             following = self._fetch(epoch_iterator, self.args.gradient_accumulation_steps, device)
             self._next_window = (epoch_iterator, following)
             rows = self._users_of(following[0])
@@ -294,29 +290,16 @@ class UserBatchesMixin:
         return window
 
     def _fetch(self, epoch_iterator, num_batches, device):
-        """The parent's window; with several processes each batch also gets its `weights` `(pairs,)`."""
-        if self._shards.processes == 1:
-            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        """The parent's window."""
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
-        def marked():
-            for batch in epoch_iterator:
-                # now: the state is that of the batch fetched last
-                batch["weights"] = self._shards.real(batch["user_index"], self.accelerator.gradient_state).float()
-                yield batch
+    def _rows_of(self, batch: Any) -> list[int]:
+        """Rows of the bank of a batch's users; -1 is nobody."""
+        return batch["user_index"].tolist()
 
-        window = super().get_batch_samples(marked(), num_batches, device)
-        counts = torch.tensor([batch["weights"].sum() for batch in window[0]], device=self.args.device)
-        everywhere = self.accelerator.reduce(counts, "sum") if len(counts) else counts
-        for batch, count in zip(window[0], everywhere, strict=True):
-            # DDP averages over processes and TRL over the pairs of each: both would count padding
-            batch["weights"] *= len(batch["weights"]) * self._shards.processes / count
-            # a foreign pair is computed with the common model; its user's row is elsewhere
-            batch["user_index"] = torch.where(batch["weights"] > 0, batch["user_index"], -1)
-        return window
-
-    def _users_of(self, batches: list[dict[str, Any]]) -> list[int]:
+    def _users_of(self, batches: list[Any]) -> list[int]:
         """Rows of the users of a window; of all processes, unless each has its own users."""
-        users = {row for batch in batches for row in batch["user_index"].tolist()} - {-1}
+        users = {row for batch in batches for row in self._rows_of(batch)} - {-1}
         if self._shards.processes > 1 and self._shards.owners is None:
             users = users.union(*gather_object([sorted(users)]))
         return sorted(users)
@@ -326,12 +309,17 @@ class UserBatchesMixin:
         processes = self._shards.processes
         if processes == 1:
             return
-        for working_set in self.router.working_sets.values():
+        for working_set in self._trained_sets():
             rows = working_set.slots_of(working_set.mine(self._window_rows))
             gradient = working_set.gradient[rows]
             if self._shards.owners is None:
                 gradient = self.accelerator.reduce(gradient, "sum") if len(rows) else gradient
             working_set.gradient[rows] = gradient / processes
+
+    def _trained_sets(self) -> list[WorkingSet]:
+        """The working sets that are trained; that of TRL's reference adapter only lies beside them."""
+        working_sets = self.router.working_sets
+        return [working_sets[name] for name in self.model.active_adapters if name in working_sets]
 
     def _clip_grad_norm(self, model):
         """One norm over the shared part and the users with data, wherever these rest, and on all processes the same."""
@@ -366,7 +354,7 @@ class UserBatchesMixin:
             if isinstance(module, ResidentBank) and module.weight.grad is not None:
                 tensors.append(module.weight)
                 norms += [vector_norm(module.weight.grad[start:end].flatten(1), dim=1) for start, end in runs]
-        for working_set in self.router.working_sets.values():
+        for working_set in self._trained_sets():
             tensors.append(working_set.weight)
             for start, end in runs_of(working_set.held()):
                 gradient = working_set.gradient[start:end]
@@ -374,15 +362,8 @@ class UserBatchesMixin:
         square = torch.cat(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64)
         return tensors, square.to(self.args.device)
 
-    def _tiled_route(self, user_index: torch.Tensor) -> Route:
-        """The route of a preference batch `[chosen; rejected]` of these users."""
-        return self.router.resolve(user_index.repeat(2), unseen="common")
-
     def training_step(self, model, inputs, num_items_in_batch=None):
-        self._grow_users()
-        # around forward and backward: an activation checkpointing that is not transformers' own recomputes in the backward
-        with self.router.use(self._tiled_route(inputs["user_index"])):
-            loss = super().training_step(model, inputs, num_items_in_batch)
+        loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             self._average_users()
         return loss
@@ -397,102 +378,6 @@ class UserBatchesMixin:
                 )
             self.model.base_model.grow_users()
 
-    @staticmethod
-    def _weighed(model, weights: torch.Tensor | None):
-        """The model as the parent's loss calls it; each pair's gradient is multiplied by its weight.
-
-        The parent averages over the pairs of a batch. Weighing the gradient of the rewards gives each pair its share of the
-        whole step, and padding none, without a loss of our own.
-        """
-        if weights is None or bool((weights == 1).all()):
-            return model
-
-        def weighed(**inputs):
-            outputs = model(**inputs)
-            if outputs.logits.requires_grad:
-                outputs.logits.register_hook(lambda gradient: gradient * weights.repeat(2).unsqueeze(-1).to(gradient))
-            return outputs
-
-        return weighed
-
-    # -- metrics ------------------------------------------------------------------------------------------------------------
-
-    def _record_scores(
-        self, user_index: torch.Tensor, rewards: torch.Tensor, weights: torch.Tensor | None = None
-    ) -> None:
-        """Keep the rewards of a batch for exact metrics.
-
-        Args:
-            user_index (`torch.Tensor` of shape `(pairs,)`):
-                Users of the pairs of this rank.
-            rewards (`torch.Tensor` of shape `(2 * pairs,)`):
-                Rewards of `[chosen; rejected]`.
-            weights (`torch.Tensor` of shape `(pairs,)`, *optional*):
-                Zero for padding.
-
-        Raises:
-            NonFiniteError: a reward is NaN or infinite.
-        """
-        chosen, rejected = rewards.detach().float().chunk(2)
-        finite = chosen.isfinite() & rejected.isfinite()
-        if not finite.all():
-            rows = (~finite).nonzero().flatten().tolist()
-            users = sorted({str(self.users[i]) if i >= 0 else "(unseen)" for i in user_index[~finite].tolist()})
-            raise NonFiniteError(
-                f"The reward of {len(rows)} pair(s) of this batch is NaN or infinite (places {rows[:10]} of the batch, users "
-                f"{', '.join(map(repr, users[:10]))}); stopped before anything was updated. Look at these users' comparisons "
-                "and, if the model was loaded, at their rows of the adapter; or lower the learning rate."
-            )
-        mode = "train" if self.model.training else "eval"
-        if mode == "train" and self.args.logging_strategy == "no":
-            return  # nobody would ever take them: 10 MB per 1,000 steps of 8 pairs
-        gathered: Any = (user_index, chosen, rejected)
-        if mode == "eval":
-            gathered = self.accelerator.gather_for_metrics(gathered)
-        elif weights is not None:
-            # not `gather_for_metrics`: it would cut a batch that is computed after the last of the epoch was fetched
-            *gathered, weights = self.accelerator.gather((*gathered, weights))
-            gathered = [tensor[weights > 0] for tensor in gathered]
-        self._scores[mode].append(tuple(tensor.cpu() for tensor in gathered))
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        if self._scores[mode]:
-            user_index, chosen, rejected = (torch.cat(parts) for parts in zip(*self._scores[mode], strict=True))
-            self._scores[mode].clear()
-            exact = _pair_metrics(chosen, rejected)
-            exact["users/seen"] = len(user_index.unique())
-            if mode == "eval":
-                # keys are "<prefix>_runtime", the prefix "eval" or, of several datasets, "eval_<name>"
-                prefix = next((key.removesuffix("_runtime") for key in logs if key.endswith("_runtime")), "eval")
-                exact |= self._per_user_metrics(prefix, user_index, chosen, rejected)
-                if prefix != "eval":
-                    logs.update({f"{prefix}_{key}": value for key, value in exact.items()})
-            # the parent averages over batches, which is wrong when they differ in size
-            self._metrics[mode].update({key: [value] for key, value in exact.items()})
-        super().log(logs, start_time)
-
-    def _per_user_metrics(self, prefix, user_index, chosen, rejected) -> dict[str, float]:
-        """Summaries over users; the table itself goes to `output_dir/users/`."""
-        # an unseen user has no row, so he is counted but has no line of his own
-        unseen = user_index < 0
-        metrics: dict[str, float] = {"users/unseen_rows": int(unseen.sum())}
-        if unseen.all():
-            return metrics
-        seen = ~unseen
-        result = per_user_table(
-            [self.users[row] for row in user_index[seen].tolist()], chosen[seen].numpy(), rejected[seen].numpy()
-        )
-        if self.is_world_process_zero():
-            path = Path(self.args.output_dir, "users", f"{prefix}-step-{self.state.global_step}.parquet")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            result.to_parquet(path)
-        metrics["users/seen"] = len(result.table)
-        metrics["users/accuracy_mean"] = result.macro
-        metrics["users/accuracy_worst_tenth"] = result.worst_tenth
-        metrics["users/ece"] = result.ece
-        return metrics
-
     # -- optimiser and checkpoints ------------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -505,11 +390,6 @@ class UserBatchesMixin:
             shared = {name: p for name, p in trainable.items() if id(p) not in banks}
             rate = {} if args.learning_rate_shared is None else {"lr": args.learning_rate_shared}
             # the users first: the learning rate that is logged is that of the first group
-            working_sets = [
-                self.router.working_sets[name]
-                for name in self.model.active_adapters
-                if name in self.router.working_sets
-            ]
             groups = [
                 {
                     "params": [p for p in trainable.values() if id(p) in banks],
@@ -527,7 +407,7 @@ class UserBatchesMixin:
             self.optimizer = ShareLoraAdamW(
                 [{"rowwise": False, **group} for group in groups if group["params"] or group.get("rowwise")],
                 self.router,
-                working_sets,
+                self._trained_sets(),
                 **kwargs,
             )
         return self.optimizer
@@ -564,12 +444,15 @@ class UserBatchesMixin:
 
     def _load_banks(self, directory: str) -> None:
         for adapter_name in self.router.working_sets:
-            self.model.base_model.load_bank(adapter_name, directory)
+            # PEFT puts all adapters but `default` into folders of their own
+            folder = Path(directory) if adapter_name == "default" else Path(directory, adapter_name)
+            self.model.base_model.load_bank(adapter_name, str(folder))
 
     def save_model(self, output_dir=None, _internal_call=False):
         if self._shards.owners is not None:
             for working_set in self.router.working_sets.values():
-                directory = Path(output_dir or self.args.output_dir, BANK_FOLDER)
+                part = "" if working_set.name == "default" else working_set.name
+                directory = Path(output_dir or self.args.output_dir, part, BANK_FOLDER)
                 working_set.gathered = self._gather_segments(working_set, directory)
         super().save_model(output_dir, _internal_call)
 
@@ -592,7 +475,7 @@ class UserBatchesMixin:
         # any process may be given any user to evaluate: let all read the records of all
         working_sets = list(self.router.working_sets.values())
         for working_set in working_sets:
-            directory = Path(self.args.output_dir, WORKING_FOLDER, "lent")
+            directory = Path(self.args.output_dir, WORKING_FOLDER, f"lent-{working_set.name}")
             segments = self._gather_segments(working_set, directory)
             if self.is_world_process_zero():
                 working_set.store.write_manifest(directory, segments, len(self.users))
@@ -610,7 +493,7 @@ class UserBatchesMixin:
         if self.is_world_process_zero():
             path = Path(self.args.output_dir, "README.md")
             card = path.read_text(encoding="utf-8")
-            usage = _CARD_USAGE.format(
+            usage = self._card_usage.format(
                 model=self.hub_model_id or Path(self.args.output_dir).name,
                 users=len(self.users),
                 column=self.args.user_column,
@@ -621,70 +504,11 @@ class UserBatchesMixin:
             path.write_text(card, encoding="utf-8")
 
 
-class _StreamedUsers:
-    """Adds `user_index` to the rows of a stream; a class because `datasets` pickles what it maps with."""
-
-    def __init__(self, users: UserRegistry, column: str, unseen: str, grow: bool, name: str):
-        self.users, self.column, self.unseen, self.grow, self.name = users, column, unseen, grow, name
-        self.first_row: dict[str, Any] | None = None  # the others must have its format
-
-    def __call__(self, row: dict[str, Any], number: int) -> dict[str, Any]:
-        check_row(row, number, self.column, first_row=self.first_row, name=self.name)
-        self.first_row = self.first_row or row
-        if self.grow:
-            index = self.users.add([row[self.column]], where=f"the stream (row {number})")[0]
-        else:
-            index = (self.users.index if self.unseen == "raise" else self.users.find)([row[self.column]])[0]
-        return {"user_index": index}
-
-
 def _whole(norm: torch.Tensor) -> torch.Tensor:
     """The norm of sharded gradients as a plain tensor."""
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-def _column(dataset: Dataset, name: str) -> list[Any]:
+def column_of(dataset: Dataset, name: str) -> list[Any]:
     """A column as Python values, whatever the dataset's format."""
     return dataset.with_format(None)[name][:]
-
-
-def _pair_metrics(chosen: torch.Tensor, rejected: torch.Tensor) -> dict[str, float]:
-    """TRL's means over pairs, exact over all of them; a tie is half right, and counted.
-
-    `min_reward` and `max_reward` stay TRL's: means over batches of the batch's extremes.
-
-    Args:
-        chosen (`torch.Tensor` of shape `(pairs,)`):
-            Rewards of the preferred replies.
-        rejected (`torch.Tensor` of shape `(pairs,)`):
-            Rewards of the others.
-    """
-    rewards = torch.cat([chosen, rejected]).double()
-    ties = (chosen == rejected).sum().item()
-    return {
-        "accuracy": ((chosen > rejected).sum().item() + ties / 2) / len(chosen),
-        "ties": ties,
-        "margin": (chosen.double() - rejected.double()).mean().item(),
-        "mean_reward": rewards.mean().item(),
-    }
-
-
-_CARD_USAGE = """## Quick start
-
-A personalised reward model: {users} users share what they have in common, and each has a part of his own
-(`share="{share}"`). Every row needs the user whose reward is wanted (column `{column}` of the training data).
-
-```python
-import trl_sharelora  # registers the adapter type; without it PEFT raises KeyError: 'SHARELORA'
-from peft import AutoPeftModelForSequenceClassification
-from transformers import AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{model}")
-model = AutoPeftModelForSequenceClassification.from_pretrained("{model}", num_labels=1)
-batch = tokenizer(["The capital of France is Paris."], return_tensors="pt")
-reward = model(**batch, user_ids=[model.peft_config["default"].users[0]]).logits
-```
-
-`trl_sharelora.export_user(path, user_id, output_dir)` writes one user as an ordinary LoRA that needs only PEFT. The user
-ids are in `users.json`; do not publish it if they are personal data.
-"""
