@@ -17,7 +17,13 @@ from scipy import stats
 from trl_sharelora import ShareLoraConfig
 from trl_sharelora.data import tokenize_preference
 from trl_sharelora.errors import ConfigError, DataError, NonFiniteError, UnknownUserError
-from trl_sharelora.evaluation import evaluate_users, expected_calibration_error, per_user_table, wilson_interval
+from trl_sharelora.evaluation import (
+    evaluate_users,
+    expected_calibration_error,
+    per_user_table,
+    width_calibration,
+    wilson_interval,
+)
 
 
 # -- intervals
@@ -78,6 +84,46 @@ def test_a_calibrated_model_has_a_small_error_and_an_overconfident_one_has_not()
     grid = np.linspace(0, 4, 100_001)
     expected = np.mean(1 / (1 + np.exp(-3 * grid)) - 1 / (1 + np.exp(-grid)))
     assert expected_calibration_error(3 * signed) == pytest.approx(expected, abs=0.005)
+
+
+# -- do narrow sets go with right answers?
+
+
+def test_calibration_of_widths_by_hand():
+    # by width: ann +, bob +, ann +, bob tie | ann -, bob +, ann -, bob -
+    ids = ["bob", "ann"] * 4
+    widths = [0.8, 0.1, 0.4, 0.3, 0.6, 0.5, 0.2, 0.7]
+    margins = [-1.0, 2.0, 0.0, 1.0, 3.0, -1.0, 1.0, -2.0]
+    found = width_calibration(ids, margins, torch.tensor(widths))
+    assert found.table["n"].tolist() == [2, 2, 2, 2]
+    assert found.table["accuracy"].tolist() == [1.0, 0.75, 0.5, 0.0]
+    assert found.table["mean_std"].tolist() == pytest.approx([0.15, 0.35, 0.55, 0.75])
+    users = found.users.set_index("user_id")
+    assert users.loc["ann"].tolist() == [4, 1.0, 0.0]
+    assert users.loc["bob"].tolist() == [4, 0.75, 0.5]
+    assert (found.gap, found.gap_low, found.gap_high) == (1.0, 1.0, 1.0)  # so it is with each of the two
+    alone = width_calibration(["ann"] * 5 + ["bob"], np.ones(6), np.arange(6))
+    assert alone.users["n"].tolist() == [5, 1] and np.isnan(alone.users["accuracy_wide"][1])
+    assert width_calibration(["ann"] * 4, np.ones(4), np.arange(4))[3:] == (None, None)
+    with pytest.raises(DataError, match="at least 4 rows"):
+        width_calibration(["ann"] * 3, np.ones(3), np.ones(3))
+    with pytest.raises(DataError, match=r"margins of shape \(4,\) and widths of shape \(5,\)"):
+        width_calibration(["ann"] * 4, np.ones(4), np.ones(5))
+
+
+def test_the_interval_of_the_gap_holds_what_it_should():
+    draw = np.random.default_rng(3)
+    inside = 0
+    for _ in range(60):
+        ids = np.repeat(np.arange(40), 12).tolist()
+        widths = draw.random(len(ids))
+        # the chance of being right falls from .9 to .5: .85 and .55 in the outer quarters
+        margins = np.where(draw.random(len(ids)) < 0.9 - 0.4 * widths, 1.0, -1.0)
+        found = width_calibration(ids, margins, widths)
+        inside += found.gap_low <= 0.3 <= found.gap_high
+    assert inside >= 52  # of 60 at 95 %: fewer in 1 of 150 cases
+    flat = width_calibration(ids, np.where(draw.random(len(ids)) < 0.7, 1.0, -1.0), widths)
+    assert flat.gap_low < 0 < flat.gap_high
 
 
 # -- the table

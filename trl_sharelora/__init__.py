@@ -14,35 +14,68 @@ from .users import UserRegistry
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .evaluation import PerUserResult, evaluate_users
+    from .evaluation import Calibration, PerUserResult, calibrate, evaluate_users
     from .export import export_user
     from .forget import forget_user
     from .new_users import add_users
+    from .rewards import RewardEstimate, UserReward, add_comparisons, fit_confidence
+    from .trainers.dpo import ShareLoraDPOConfig, ShareLoraDPOTrainer
+    from .trainers.grpo import ShareLoraGRPOConfig, ShareLoraGRPOTrainer
+    from .trainers.ppo import ShareLoraPPOConfig, ShareLoraPPOTrainer
     from .trainers.reward import ShareLoraRewardTrainer
     from .trainers.reward_config import ShareLoraRewardConfig
+    from .trainers.rloo import ShareLoraRLOOConfig, ShareLoraRLOOTrainer
 
 # public name -> module that holds it (PEP 562)
 _LAZY = {
+    "Calibration": ".evaluation",
     "PerUserResult": ".evaluation",
+    "calibrate": ".evaluation",
     "evaluate_users": ".evaluation",
     "add_users": ".new_users",
     "export_user": ".export",
     "forget_user": ".forget",
+    "RewardEstimate": ".rewards",
+    "UserReward": ".rewards",
+    "add_comparisons": ".rewards",
+    "fit_confidence": ".rewards",
+    "ShareLoraDPOConfig": ".trainers.dpo",
+    "ShareLoraDPOTrainer": ".trainers.dpo",
+    "ShareLoraGRPOConfig": ".trainers.grpo",
+    "ShareLoraGRPOTrainer": ".trainers.grpo",
+    "ShareLoraPPOConfig": ".trainers.ppo",
+    "ShareLoraPPOTrainer": ".trainers.ppo",
+    "ShareLoraRLOOConfig": ".trainers.rloo",
+    "ShareLoraRLOOTrainer": ".trainers.rloo",
     "ShareLoraRewardConfig": ".trainers.reward_config",
     "ShareLoraRewardTrainer": ".trainers.reward",
 }
 
 __all__ = [
+    "Calibration",
     "PerUserResult",
+    "RewardEstimate",
     "ShareLoraConfig",
+    "ShareLoraDPOConfig",
+    "ShareLoraDPOTrainer",
     "ShareLoraError",
+    "ShareLoraGRPOConfig",
+    "ShareLoraGRPOTrainer",
     "ShareLoraModel",
+    "ShareLoraPPOConfig",
+    "ShareLoraPPOTrainer",
+    "ShareLoraRLOOConfig",
+    "ShareLoraRLOOTrainer",
     "ShareLoraRewardConfig",
     "ShareLoraRewardTrainer",
     "UserRegistry",
+    "UserReward",
+    "add_comparisons",
     "add_users",
+    "calibrate",
     "evaluate_users",
     "export_user",
+    "fit_confidence",
     "forget_user",
     "use_users",
 ]

@@ -1,8 +1,7 @@
-"""`trl-sharelora`: reward | eval | export | demo | env.
+"""`trl-sharelora`: reward | dpo | rloo | grpo | ppo | confidence | calibrate | eval | export | demo | env.
 
-`reward` is a training command: its arguments are those of TRL's reward script (`--config reward.yaml` and so on), and what
-that script does not know goes to `accelerate launch`. The others are ordinary tools. Each command imports what it needs when
-it runs.
+The first five are training commands: their arguments are those of TRL's scripts (`--config reward.yaml` and so on), and what a
+script does not know goes to `accelerate launch`. The others are ordinary tools. Each command imports what it needs when it runs.
 """
 
 import argparse
@@ -12,14 +11,21 @@ import sys
 from .errors import ShareLoraError
 
 
-TRAINING_COMMANDS = {"reward": "train a personalised reward model (arguments: trl-sharelora reward -h)"}
+TRAINING_COMMANDS = {
+    "reward": "train a personalised reward model (arguments: trl-sharelora reward -h)",
+    "dpo": "train a personalised policy from preferences",
+    "rloo": "train a personalised policy against a reward model; the recommended one",
+    "grpo": "the same with GRPO",
+    "ppo": "the same with PPO, a critic and GAE",
+}
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands. A training command's own arguments are parsed by its script."""
     parser = argparse.ArgumentParser(
         prog="trl-sharelora",
-        description="Personalised reward models on TRL and PEFT: one LoRA factor shared by all users, one for each user.",
+        description="Personalised reward models and policies on TRL and PEFT: one LoRA factor shared by all users, one of each user's "
+        "own.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="store_true", help="print the version and end")
@@ -27,17 +33,47 @@ def make_parser() -> argparse.ArgumentParser:
     for name, help_text in TRAINING_COMMANDS.items():
         commands.add_parser(name, help=help_text, add_help=False)
 
+    confidence = commands.add_parser(
+        "confidence",
+        help="fit the confidence sets of a reward model to its training data",
+        description="Fit the confidence sets of a reward model to its training data; written into its directory.",
+    )
+    _add_model_and_data(confidence)
+    confidence.add_argument(
+        "--kind",
+        choices=("ellipsoid", "heads"),
+        default="ellipsoid",
+        help="ellipsoid: wide where no comparisons are (default); heads: an ensemble of score heads",
+    )
+    confidence.add_argument(
+        "--pooled_discount",
+        type=float,
+        metavar="X",
+        help="how much a comparison of another user counts for a user's ellipsoid (default: see EllipsoidBuilder)",
+    )
+
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="the pessimism coefficient that covers a wanted share of held-out comparisons",
+        description="The pessimism coefficient that covers a wanted share of held-out comparisons.",
+    )
+    _add_model_and_data(calibrate)
+    calibrate.add_argument("--coverage", type=float, default=0.9, metavar="X", help="wanted share (default 0.9)")
+    calibrate.add_argument(
+        "--pessimism",
+        choices=("ellipsoid", "ensemble", "ball"),
+        default="ellipsoid",
+        help="the set (default ellipsoid)",
+    )
+
+    calibrate.add_argument("--output_dir", metavar="DIR", help="also write calibration.json there")
+
     evaluate = commands.add_parser(
         "eval",
         help="accuracy of a trained model for each user",
         description="Accuracy of a trained model for each user.",
     )
-    evaluate.add_argument(
-        "--model_name_or_path", required=True, metavar="DIR", help="the adapter's directory or hub id"
-    )
-    evaluate.add_argument("--dataset_name", required=True, metavar="FILE", help="preference rows: a file or a hub id")
-    evaluate.add_argument("--dataset_split", metavar="NAME", help="take one split (in a file: by its column 'split')")
-    evaluate.add_argument("--user_column", default="user_id", metavar="NAME", help="the column that names the user")
+    _add_model_and_data(evaluate)
     evaluate.add_argument(
         "--unseen",
         choices=("raise", "common"),
@@ -45,18 +81,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="a user the model does not know: an error (default), or the common model",
     )
     evaluate.add_argument("--output_dir", metavar="DIR", help="also write users.parquet and summary.json there")
-    evaluate.add_argument("--batch_size", type=int, default=8, metavar="N", help="pairs at a time (default 8)")
     evaluate.add_argument(
-        "--max_length", type=int, metavar="N", help="leave out pairs with more tokens, and say how many"
-    )
-    evaluate.add_argument("--load_in_8bit", action="store_true", help="quantise the base to 8 bits, as in training")
-    evaluate.add_argument("--load_in_4bit", action="store_true", help="quantise the base to 4 bits, as in training")
-    evaluate.add_argument("--use_cpu", action="store_true", help="do not use an accelerator")
-    evaluate.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="float32",
-        help="of the base (default float32, as TRL trains)",
+        "--confidence",
+        choices=("none", "ellipsoid"),
+        default="none",
+        help="also tell whether wider confidence sets mean more errors",
     )
 
     export = commands.add_parser(
@@ -71,6 +100,27 @@ def make_parser() -> argparse.ArgumentParser:
     commands.add_parser("demo", help="personalised against pooled, on users with different tastes", add_help=False)
     commands.add_parser("env", help="versions and devices, for a bug report")
     return parser
+
+
+def _add_model_and_data(parser: argparse.ArgumentParser) -> None:
+    """The arguments of every tool that takes a reward model and preference rows."""
+    parser.add_argument("--model_name_or_path", required=True, metavar="DIR", help="the adapter's directory or hub id")
+    parser.add_argument("--dataset_name", required=True, metavar="FILE", help="preference rows: a file or a hub id")
+    parser.add_argument("--dataset_split", metavar="NAME", help="take one split (in a file: by its column 'split')")
+    parser.add_argument("--user_column", default="user_id", metavar="NAME", help="the column that names the user")
+    parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="pairs at a time (default 8)")
+    parser.add_argument(
+        "--max_length", type=int, metavar="N", help="leave out pairs with more tokens, and say how many"
+    )
+    parser.add_argument("--load_in_8bit", action="store_true", help="quantise the base to 8 bits, as in training")
+    parser.add_argument("--load_in_4bit", action="store_true", help="quantise the base to 4 bits, as in training")
+    parser.add_argument("--use_cpu", action="store_true", help="do not use an accelerator")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the base (default float32, as TRL trains)",
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -101,6 +151,10 @@ def main(argv: list[str] | None = None) -> int:
             from .scripts.evaluate import evaluate
 
             evaluate(args)
+        elif args.command in ("confidence", "calibrate"):
+            from .scripts import confidence
+
+            getattr(confidence, args.command)(args)
         elif args.command == "export":
             from .scripts.export import export
 

@@ -9,9 +9,9 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -24,6 +24,9 @@ from .errors import ConfigError, DataError, NonFiniteError, UnknownUserError, so
 from .sharelora.routing import UNSEEN, use_users
 from .users import UserRegistry, user_id_as_text
 
+
+if TYPE_CHECKING:
+    from .rewards import UserReward
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +124,11 @@ class PerUserResult:
             Rows of users whom the adapter does not know, scored with the common model. They are part of all figures.
         dropped (`int`):
             Rows longer than `max_length`, which are part of none.
+        calibration_gap, calibration_gap_low, calibration_gap_high (`float`, *optional*):
+            With `confidence` only. Accuracy in the quarter of the rows where the width is smallest minus that where it is
+            largest, and its 95 % interval over users: above 0, the widths know where the rewards are wrong.
+        calibration ([`~pandas.DataFrame`], *optional*), calibration_users ([`~pandas.DataFrame`], *optional*):
+            The rest of it, see [`width_calibration`].
     """
 
     table: pd.DataFrame
@@ -135,10 +143,15 @@ class PerUserResult:
     macro_high: float | None = None
     unseen: int = 0
     dropped: int = 0
+    calibration_gap: float | None = None
+    calibration_gap_low: float | None = None
+    calibration_gap_high: float | None = None
+    calibration: pd.DataFrame | None = field(default=None, init=False)
+    calibration_users: pd.DataFrame | None = field(default=None, init=False)
 
     def as_dict(self) -> dict[str, float | int | None]:
         """The scalars, for a log."""
-        return {name: value for name, value in vars(self).items() if name != "table"}
+        return {name: value for name, value in vars(self).items() if not isinstance(value, pd.DataFrame)}
 
     def to_parquet(self, path: str | os.PathLike) -> Path:
         """Write the table; its folder is made where needed."""
@@ -157,6 +170,16 @@ class PerUserResult:
             f"worst tenth of users {self.worst_tenth:.3f}",
             f"calibration error {self.ece:.3f}",
         ]
+        if self.calibration is not None:
+            over = (
+                ""
+                if self.calibration_gap_low is None
+                else f" (95 % {self.calibration_gap_low:.3f} to {self.calibration_gap_high:.3f})"
+            )
+            accuracy = ", ".join(f"{value:.3f}" for value in self.calibration["accuracy"])
+            lines.append(
+                f"accuracy from the narrowest to the widest quarter {accuracy}; first minus last {self.calibration_gap:.3f}{over}"
+            )
         # repr: an id may hold a line break or a terminal's control characters
         shown = self.table.assign(user_id=self.table["user_id"].map(repr))
         shown = shown.sort_values("accuracy", kind="stable", ignore_index=True)
@@ -251,6 +274,89 @@ def _interval_over_users(accuracy: np.ndarray) -> tuple[float, float] | tuple[No
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
+class WidthCalibration(NamedTuple):
+    """Whether narrow confidence sets go with right answers; see [`width_calibration`]."""
+
+    table: pd.DataFrame
+    users: pd.DataFrame
+    gap: float
+    gap_low: float | None
+    gap_high: float | None
+
+
+def width_calibration(user_ids: Sequence[str | int], margins: Any, widths: Any) -> WidthCalibration:
+    """How accuracy falls with the width of a confidence set: a width that does not go with errors is no use as a penalty.
+
+    Args:
+        user_ids (`Sequence[str | int]` of length `rows`):
+            The user of each row.
+        margins (`array_like` of shape `(rows,)`):
+            Reward of `chosen` minus reward of `rejected`; a tie is half right.
+        widths (`array_like` of shape `(rows,)`):
+            Width (standard deviation) of this difference.
+
+    Returns:
+        `WidthCalibration`: `table`, the rows in four quarters by width: `quantile` (upper end), `n`, `accuracy`,
+        `mean_std`; `users`, a line per user: `user_id`, `n`, `accuracy_narrow`, `accuracy_wide` (his narrower and his
+        wider half; NaN with a single row); `gap`, accuracy in the narrowest minus in the widest quarter, and its 95 %
+        interval for users drawn like these (percentile bootstrap over users; None for a single user).
+
+    Raises:
+        DataError: Fewer than 4 rows, or another number of one than of the others.
+    """
+    margins, widths = np.asarray(margins, dtype=float), np.asarray(widths, dtype=float)
+    ids = np.array([user_id_as_text(user_id) for user_id in user_ids], dtype=object)
+    if not (margins.shape == widths.shape == ids.shape) or len(ids) < 4:
+        raise DataError(
+            f"{len(ids)} user ids, margins of shape {margins.shape} and widths of shape {widths.shape} came; one of each per row is "
+            "needed, and at least 4 rows for four quarters."
+        )
+    credit = (np.sign(margins) + 1) / 2
+    order = np.argsort(widths, kind="stable")
+    quarters = np.array_split(order, 4)
+    table = pd.DataFrame(
+        {
+            "quantile": [0.25, 0.5, 0.75, 1.0],
+            "n": [len(rows) for rows in quarters],
+            "accuracy": [credit[rows].mean() for rows in quarters],
+            "mean_std": [widths[rows].mean() for rows in quarters],
+        }
+    )
+    names, user_of = np.unique(ids.astype(str), return_inverse=True)
+    own = np.argsort(user_of[order], kind="stable")  # rows user by user, each from narrow to wide
+    lines = []
+    for name, rows in zip(names, np.split(order[own], np.cumsum(np.bincount(user_of))[:-1]), strict=True):
+        half = len(rows) // 2
+        narrow, wide = (credit[rows[:half]].mean(), credit[rows[-half:]].mean()) if half else (np.nan, np.nan)
+        lines.append({"user_id": name, "n": len(rows), "accuracy_narrow": narrow, "accuracy_wide": wide})
+    gap = float(table["accuracy"].iloc[0] - table["accuracy"].iloc[-1])
+    # per user: right and all, in the narrowest and in the widest quarter
+    counts = np.stack(
+        [
+            np.bincount(user_of[rows], weights, len(names))
+            for rows in (quarters[0], quarters[-1])
+            for weights in (credit[rows], None)
+        ]
+    )
+    return WidthCalibration(table, pd.DataFrame(lines), gap, *_interval_of_gap(counts))
+
+
+def _interval_of_gap(counts: np.ndarray) -> tuple[float, float] | tuple[None, None]:
+    """`counts` `(4, users)`: right and all in the narrowest quarter, right and all in the widest."""
+    users = counts.shape[1]
+    if users < 2:
+        return None, None
+    draw = np.random.default_rng(0)
+    sums = np.stack([counts[:, draw.integers(users, size=users)].sum(1) for _ in range(BOOTSTRAP_RESAMPLES)], axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        gaps = sums[0] / sums[1] - sums[2] / sums[3]
+    gaps = gaps[np.isfinite(gaps)]  # a draw may have nobody in one of the quarters
+    if not len(gaps):
+        return None, None
+    low, high = np.quantile(gaps, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
 def evaluate_users(
     model: Any,
     dataset: Dataset,
@@ -259,6 +365,7 @@ def evaluate_users(
     unseen: str = "raise",
     batch_size: int = 16,
     max_length: int | None = None,
+    confidence: Any = None,
 ) -> PerUserResult:
     """Score every preference row once, each with its user's model, and tell how often `chosen` wins.
 
@@ -281,6 +388,9 @@ def evaluate_users(
         max_length (`int`, *optional*):
             Rows with more tokens are left out and counted, as in training; a user who would lose all his rows is an error.
             Whatever remains and is beyond the model's `max_position_embeddings` is an error.
+        confidence ([`~trl_sharelora.rewards.UserReward`] or [`~trl_sharelora.pessimism.EllipsoidSets`], *optional*):
+            Measures the width of each comparison as well, and adds to the result how accuracy falls with it: a pessimistic
+            reward, or the last-layer ellipsoids of this model. One more forward per row.
 
     Raises:
         UnknownUserError: Users whom the adapter does not know, with `unseen="raise"`; before any forward.
@@ -321,7 +431,137 @@ def evaluate_users(
     chosen, rejected = _score(model, rows, index, unseen, batch_size, processing_class.pad_token_id)
     result = per_user_table(user_ids, chosen, rejected, order=users)
     result.unseen, result.dropped = n_unseen, dropped
+    if confidence is not None:
+        reward = _pessimistic(model, confidence, processing_class, batch_size, unseen)
+        found = width_calibration(user_ids, chosen - rejected, reward.compare(rows, user_ids).std)
+        result.calibration, result.calibration_users = found.table, found.users
+        result.calibration_gap, result.calibration_gap_low, result.calibration_gap_high = found[2:]
     return result
+
+
+def _pessimistic(model: Any, confidence: Any, processing_class: Any, batch_size: int, unseen: str) -> "UserReward":
+    from .pessimism import EllipsoidSets
+    from .rewards import UserReward  # it imports this module
+
+    if isinstance(confidence, EllipsoidSets):
+        return UserReward(
+            model,
+            "ellipsoid",
+            sets=confidence,
+            processing_class=processing_class,
+            batch_size=batch_size,
+            unseen=unseen,
+        )
+    if not isinstance(confidence, UserReward) or confidence.pessimism is None:
+        raise ConfigError(
+            f"confidence={confidence!r} came; a UserReward with a pessimism, or the EllipsoidSets that fit_confidence returned, is needed."
+        )
+    return confidence
+
+
+@dataclass
+class Calibration:
+    """A pessimism coefficient and what it covers; made by [`calibrate`].
+
+    Args:
+        coefficient (`float`):
+            For `UserReward(..., pessimism_coefficient=...)`.
+        coverage (`float`):
+            Share of these comparisons that it covers.
+        n (`int`):
+            Comparisons.
+        table ([`~pandas.DataFrame`]):
+            A line per user: `user_id`, `n`, `coverage`, `low` and `high` (95 % Wilson interval). The promise is for all users
+            together; here is for whom it does not hold.
+        curve ([`~pandas.DataFrame`]):
+            `coefficient`, `coverage`: from 0 (accuracy, with ties as covered) to twice the coefficient.
+    """
+
+    coefficient: float
+    coverage: float
+    n: int
+    table: pd.DataFrame
+    curve: pd.DataFrame
+
+    def __str__(self) -> str:
+        worst = self.table.sort_values("coverage", kind="stable", ignore_index=True).head(5)
+        worst = worst.assign(user_id=worst["user_id"].map(repr))
+        formats = dict.fromkeys(("coverage", "low", "high"), "{:.3f}".format)
+        return (
+            f"pessimism_coefficient {self.coefficient:.4g} covers {self.coverage:.3f} of {self.n} comparisons; least covered:\n"
+            + worst.to_string(index=False, formatters=formats)
+        )
+
+
+def calibrate(
+    model_or_path: Any,
+    dataset: Dataset,
+    coverage: float = 0.9,
+    pessimism: str = "ellipsoid",
+    *,
+    user_column: str = "user_id",
+    **options: Any,
+) -> Calibration:
+    """The pessimism coefficient with which held-out comparisons lie within the confidence sets as often as wanted.
+
+    A comparison is *covered* when some reward in the set agrees with its label: `margin + c * width >= 0`, the width
+    being that of the difference of rewards. The coefficient is the least c that covers at least `coverage` of the
+    comparisons, by split conformal prediction with its (n + 1) correction
+    ([`~trl_sharelora.pessimism.conformal_coefficient`]): a new comparison that is exchangeable with these is covered
+    with at least this probability. Two cautions. Covered are *labels*, not true rewards: where labelers err, a high
+    coverage asks for sets wider than the truth needs. And the promise is for all users' comparisons together, not for
+    each user. (Ours; the paper leaves the radius of its sets as an unknown constant.)
+
+    Args:
+        model_or_path ([`~trl_sharelora.rewards.UserReward`], [`~peft.PeftModel`], `str` or a list of paths):
+            A pessimistic reward, or what [`~trl_sharelora.rewards.UserReward`] takes to make one.
+        dataset ([`~datasets.Dataset`]):
+            Comparisons that were used neither for the training nor for the sets.
+        coverage (`float`, *optional*, defaults to 0.9):
+            Share to cover, between 0 and 1. 0.9 as is usual in conformal prediction.
+        pessimism (`str`, *optional*, defaults to `"ellipsoid"`):
+            The set, where `model_or_path` is not a reward.
+        user_column (`str`, *optional*, defaults to `"user_id"`):
+            The column that names the user.
+        **options:
+            Of [`~trl_sharelora.rewards.UserReward`].
+
+    Raises:
+        PessimismError: Too few comparisons for this coverage, or widths of 0 where the reward is wrong; or no set.
+        DataError, UserIdError, UnknownUserError, NonFiniteError: As [`evaluate_users`].
+    """
+    from .pessimism import conformal_coefficient
+    from .rewards import UserReward  # it imports this module
+
+    if isinstance(model_or_path, UserReward):
+        if options:
+            raise ConfigError(
+                f"{', '.join(options)} came beside a UserReward, which has settings of its own; give one of them."
+            )
+        reward = model_or_path
+    else:
+        reward = UserReward(model_or_path, pessimism, **options)
+    if reward.pessimism is None:
+        raise ConfigError(
+            "A reward without pessimism has no width to calibrate; give pessimism='ellipsoid', 'ensemble' or 'ball'."
+        )
+    check_preference_rows(dataset, user_column, name="calibration")
+    rows = list(dataset.with_format(None))
+    ids = [user_id_as_text(row[user_column]) for row in rows]
+    margins, widths = reward.compare([tokenize_preference(row, reward.scorer.processing_class) for row in rows], ids)
+    margins, widths = margins.double(), widths.double()
+    coefficient = conformal_coefficient(margins, widths, coverage)
+
+    def covered(c: float) -> np.ndarray:
+        return (margins + c * widths >= 0).numpy()
+
+    table = pd.DataFrame({"user_id": ids, "n": 1, "coverage": covered(coefficient)})
+    table = table.groupby("user_id", sort=False).sum().astype("int64").reset_index()
+    table["low"], table["high"] = wilson_interval(table["coverage"], table["n"])
+    table["coverage"] = table["coverage"] / table["n"]
+    grid = np.linspace(0, 2 * coefficient or 1, 21)
+    curve = pd.DataFrame({"coefficient": grid, "coverage": [covered(c).mean() for c in grid]})
+    return Calibration(coefficient, float(covered(coefficient).mean()), len(ids), table, curve)
 
 
 def _longest(row: dict[str, Any]) -> int:

@@ -14,6 +14,7 @@ import torch
 
 from .errors import AdapterMismatchError, UnknownUserError
 from .export import WEIGHTS_FILE
+from .rewards import forget_in_confidence
 from .sharelora.config import PERSONAL_FACTOR, ShareLoraConfig
 from .sharelora.store import BANK_FOLDER, clear_working_folders, erase_row
 from .users import USERS_FILE, UserRegistry
@@ -49,6 +50,7 @@ def forget_user(model_dir: str | os.PathLike, user_id: str) -> Path:
     """
     model_dir = Path(model_dir)
     folders = [model_dir, *sorted(model_dir.glob("checkpoint-*"))]
+    folders += [folder / "ref" for folder in folders]  # the reference of a policy that was trained further
     registries = {folder: UserRegistry.load(folder) for folder in folders if (folder / USERS_FILE).is_file()}
     if not registries:
         registries = {model_dir: UserRegistry.load(model_dir)}  # says what is missing
@@ -70,6 +72,7 @@ def forget_user(model_dir: str | os.PathLike, user_id: str) -> Path:
         else:
             erase_row(folder / BANK_FOLDER, rows[folder])
         _erase_moments(folder / OPTIMIZER_FILE, rows[folder], len(registries[folder]))
+        forget_in_confidence(folder, rows[folder])
     for folder in known:
         registries[folder].registry_id  # noqa: B018  made from the ids, if an older file has none: before one is gone
         registries[folder].forget(user_id)

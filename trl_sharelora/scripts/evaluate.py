@@ -13,6 +13,8 @@ from trl import ModelConfig, get_quantization_config
 from ..data import load_preferences
 from ..errors import ConfigError
 from ..evaluation import evaluate_users
+from ..rewards import UserReward
+from .confidence import loading_arguments
 
 
 def load_reward_model(model_args: ModelConfig, device: str) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -64,7 +66,13 @@ def evaluate(args: Namespace) -> None:
         load_in_8bit=args.load_in_8bit,
         load_in_4bit=args.load_in_4bit,
     )
-    model, tokenizer = load_reward_model(model_args, device)
+    reward = None
+    if args.confidence == "none":
+        model, tokenizer = load_reward_model(model_args, device)
+    else:
+        loading = {"unseen": args.unseen, "batch_size": args.batch_size, **loading_arguments(args)}
+        reward = UserReward(args.model_name_or_path, args.confidence, **loading)
+        model, tokenizer = reward.scorer.model, reward.scorer.processing_class
     result = evaluate_users(
         model,
         dataset,
@@ -73,6 +81,7 @@ def evaluate(args: Namespace) -> None:
         unseen=args.unseen,
         batch_size=args.batch_size,
         max_length=args.max_length,
+        confidence=reward,
     )
     print(result)
     if args.output_dir:

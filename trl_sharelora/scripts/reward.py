@@ -77,14 +77,37 @@ class ShareLoraScriptArguments(ScriptArguments):
     )
 
 
-def get_sharelora_config(model_args: ModelConfig, script_args: ShareLoraScriptArguments) -> "ShareLoraConfig":
-    """The adapter that the arguments describe, for a reward model.
+@dataclass
+class ShareLoraRewardScriptArguments(ShareLoraScriptArguments):
+    """
+    The script arguments of a reward model.
+
+    Args:
+        confidence (`str`, *optional*, defaults to `"none"`):
+            Confidence sets to fit after the training, for pessimistic rewards, see [`~trl_sharelora.rewards.fit_confidence`].
+    """
+
+    confidence: Literal["none", "ellipsoid", "heads"] = field(
+        default="none",
+        metadata={
+            "help": "Fit confidence sets to the training data afterwards, for pessimistic rewards: 'ellipsoid', or 'heads' (an ensemble of "
+            "heads). One more pass, without gradients; off by default, as only a policy needs them."
+        },
+    )
+
+
+def get_sharelora_config(
+    model_args: ModelConfig, script_args: ShareLoraScriptArguments, task_type: str = "SEQ_CLS"
+) -> "ShareLoraConfig":
+    """The adapter that the arguments describe.
 
     Args:
         model_args ([`~trl.ModelConfig`]):
             Its `lora_*` fields and `use_rslora`. `use_peft` and `lora_task_type` need not be set.
         script_args ([`ShareLoraScriptArguments`]):
             `share`, `train_common` and the `bank` fields.
+        task_type (`str`, *optional*, defaults to `"SEQ_CLS"`):
+            Of a reward model; a policy is `"CAUSAL_LM"`.
 
     Raises:
         UnsupportedError: for what a LoRA can be and this adapter cannot: `use_dora`, `lora_target_parameters`.
@@ -98,7 +121,7 @@ def get_sharelora_config(model_args: ModelConfig, script_args: ShareLoraScriptAr
                 f"{name}={getattr(model_args, name)!r} is an option of plain LoRA that ShareLoRA does not have; leave it out."
             )
     return ShareLoraConfig(
-        task_type="SEQ_CLS",
+        task_type=task_type,
         r=model_args.lora_r,
         lora_alpha=model_args.lora_alpha,
         lora_dropout=model_args.lora_dropout,
@@ -160,33 +183,22 @@ def load_splits(
     return [load_preferences(script_args.dataset_name, split=split) for split in splits]
 
 
-def main(
-    script_args: ShareLoraScriptArguments,
-    training_args: "ShareLoraRewardConfig",
-    model_args: ModelConfig,
-    dataset_args: "DatasetMixtureConfig",
-) -> None:
-    """Train, save, show the users.
+def set_model_arguments(training_args: Any, model_args: ModelConfig) -> None:
+    """Put what [`~trl.ModelConfig`] says of loading the base into `training_args.model_init_kwargs`.
 
     Args:
-        script_args ([`ShareLoraScriptArguments`]):
-            Data and adapter.
-        training_args ([`ShareLoraRewardConfig`]):
-            Training.
+        training_args ([`~transformers.TrainingArguments`]):
+            Of a TRL trainer.
         model_args ([`~trl.ModelConfig`]):
-            Base model, quantisation, LoRA.
-        dataset_args ([`~trl.DatasetMixtureConfig`]):
-            A mixture of datasets.
+            Base model.
+
+    Raises:
+        ConfigError: no base is named.
     """
-    from accelerate.logging import get_logger
-    from transformers import set_seed
-    from trl import get_quantization_config
-
     from ..errors import ConfigError
-    from ..trainers.reward import ShareLoraRewardTrainer
 
-    logger = get_logger(__name__)
-
+    if not model_args.model_name_or_path:
+        raise ConfigError("No base model: give --model_name_or_path, a path or an id of the hub.")
     model_init_kwargs: dict[str, Any] = dict(
         revision=model_args.model_revision,
         trust_remote_code=training_args.trust_remote_code,
@@ -197,19 +209,80 @@ def main(
         model_init_kwargs.update(training_args.model_init_kwargs)  # a dict by now; the command line gives it as JSON
     training_args.model_init_kwargs = model_init_kwargs
 
-    # Load the dataset
+
+def load_datasets(
+    script_args: ShareLoraScriptArguments, training_args: Any, dataset_args: "DatasetMixtureConfig"
+) -> "tuple[Any, Any]":
+    """The training split, and that for evaluation if there will be one.
+
+    Args:
+        script_args ([`ShareLoraScriptArguments`]):
+            Names of the data and of its splits.
+        training_args ([`~transformers.TrainingArguments`]):
+            `eval_strategy` and `seed`.
+        dataset_args ([`~trl.DatasetMixtureConfig`]):
+            A mixture of datasets.
+    """
+    from accelerate.logging import get_logger
+    from transformers import set_seed
+
     if dataset_args.datasets and script_args.dataset_name:
-        logger.warning(
+        get_logger(__name__).warning(
             "Both `datasets` and `dataset_name` are provided. The `datasets` argument will be used to load the dataset and "
             "`dataset_name` will be ignored."
         )
-    if not model_args.model_name_or_path:
-        raise ConfigError("No base model: give --model_name_or_path, a path or an id of the hub.")
     evaluate = training_args.eval_strategy != "no"
     splits = [script_args.dataset_train_split] + [script_args.dataset_test_split] * evaluate
     # TRL splits a mixture with numpy's generator: without a seed no two runs have the same split, nor have two processes
     set_seed(training_args.seed)
     train_dataset, eval_dataset = [*load_splits(script_args, dataset_args, splits), None][:2]
+    return train_dataset, eval_dataset
+
+
+def train_and_save(trainer: Any, training_args: Any, dataset_name: str | None) -> None:
+    """Train, save, and push where asked, as TRL's scripts do.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            Ready to train.
+        training_args ([`~transformers.TrainingArguments`]):
+            Its arguments.
+        dataset_name (`str`, *optional*):
+            For the model card.
+    """
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.accelerator.print("✅ Training completed.")
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"💾 Model saved to {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=dataset_name)
+        trainer.accelerator.print(f"🤗 Model pushed to the Hub in https://huggingface.co/{trainer.hub_model_id}.")
+
+
+def main(
+    script_args: ShareLoraRewardScriptArguments,
+    training_args: "ShareLoraRewardConfig",
+    model_args: ModelConfig,
+    dataset_args: "DatasetMixtureConfig",
+) -> None:
+    """Train, save, fit confidence sets where asked, show the users.
+
+    Args:
+        script_args ([`ShareLoraRewardScriptArguments`]):
+            Data, adapter, confidence sets.
+        training_args ([`ShareLoraRewardConfig`]):
+            Training.
+        model_args ([`~trl.ModelConfig`]):
+            Base model, quantisation, LoRA.
+        dataset_args ([`~trl.DatasetMixtureConfig`]):
+            A mixture of datasets.
+    """
+    from trl import get_quantization_config
+
+    from ..trainers.reward import ShareLoraRewardTrainer
+
+    set_model_arguments(training_args, model_args)
+    train_dataset, eval_dataset = load_datasets(script_args, training_args, dataset_args)
 
     # Initialize the reward trainer
     trainer = ShareLoraRewardTrainer(
@@ -221,25 +294,54 @@ def main(
         peft_config=get_sharelora_config(model_args, script_args),
     )
 
-    # Train the model
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    train_and_save(trainer, training_args, script_args.dataset_name)
 
-    # Log training complete
-    trainer.accelerator.print("✅ Training completed.")
+    if script_args.confidence != "none":
+        fit_confidence_of(trainer, script_args.confidence, train_dataset)
 
-    # Save and push to Hub
-    trainer.save_model(training_args.output_dir)
-    trainer.accelerator.print(f"💾 Model saved to {training_args.output_dir}.")
-
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-        trainer.accelerator.print(f"🤗 Model pushed to the Hub in https://huggingface.co/{trainer.hub_model_id}.")
-
-    if evaluate:
+    if eval_dataset is not None:
         show_users(trainer)
 
     # Finish the trackers and destroy the process group
     trainer.end()
+
+
+def fit_confidence_of(trainer: "ShareLoraRewardTrainer", kind: str, train_dataset: Any) -> None:
+    """Fit the confidence sets of a trained model to its training data, beside the saved adapter; on the main process.
+
+    Args:
+        trainer ([`ShareLoraRewardTrainer`]):
+            After `save_model`.
+        kind (`str`):
+            `"ellipsoid"` or `"heads"`.
+        train_dataset ([`~datasets.Dataset`]):
+            The comparisons it was trained on.
+    """
+    from datasets import Dataset
+
+    from ..errors import UnsupportedError
+    from ..rewards import fit_confidence
+
+    if not isinstance(train_dataset, Dataset):
+        raise UnsupportedError(
+            "--confidence came with a stream. Fit the sets afterwards, to a file: trl-sharelora confidence --help."
+        )
+    args = trainer.args
+    if trainer.is_world_process_zero():
+        # of several processes each may hold only a part of the model, or some users' rows
+        whole = trainer.accelerator.num_processes == 1
+        fit_confidence(
+            trainer.model if whole else args.output_dir,
+            train_dataset,
+            trainer.processing_class,
+            kind=kind,
+            user_column=args.user_column,
+            batch_size=args.per_device_eval_batch_size,
+            max_length=args.max_length,
+            output_dir=args.output_dir,
+        )
+        print(f"Confidence sets ({kind}) of {len(trainer.users)} users saved to {args.output_dir}/confidence.")
+    trainer.accelerator.wait_for_everyone()
 
 
 def show_users(trainer: "ShareLoraRewardTrainer") -> None:
@@ -279,7 +381,7 @@ def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str 
 
     from ..trainers.reward_config import ShareLoraRewardConfig
 
-    dataclass_types = (ShareLoraScriptArguments, ShareLoraRewardConfig, ModelConfig, DatasetMixtureConfig)
+    dataclass_types = (ShareLoraRewardScriptArguments, ShareLoraRewardConfig, ModelConfig, DatasetMixtureConfig)
     if subparsers is not None:
         return subparsers.add_parser(
             "reward", help="Train a personalised reward model", dataclass_types=dataclass_types

@@ -1,0 +1,24 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["trl-sharelora[quantization]"]
+# ///
+"""Train a policy for every user against the lower end of his own reward, with RLOO; ends with a table of the users.
+
+The reward model comes from `trl-sharelora reward --confidence ellipsoid`. On one GPU or a CPU:
+
+    python examples/rloo.py --config examples/configs/rloo_toy.yaml
+
+On four GPUs; the second form finds out by itself which arguments are accelerate's:
+
+    accelerate launch --multi_gpu --num_processes 4 examples/rloo.py --config examples/configs/rloo_llama3_8b_8bit.yaml
+    trl-sharelora rloo --config examples/configs/rloo_llama3_8b_8bit.yaml --multi_gpu --num_processes 4
+
+The data are prompts of users, {"user_id": "ann", "prompt": "..."}; the preference log itself will do.
+"""
+
+from trl_sharelora.scripts.launch import parse_arguments
+from trl_sharelora.scripts.rloo import main, make_parser
+
+
+if __name__ == "__main__":
+    main(*parse_arguments(make_parser()))

@@ -1,0 +1,32 @@
+"""Train a personalised policy with RLOO. Mirrors TRL's script of that name; the differences are in `policy.py`.
+
+```bash
+trl-sharelora rloo --config rloo.yaml
+accelerate launch --multi_gpu --num_processes 4 -m trl_sharelora.scripts.rloo --config rloo.yaml
+```
+"""
+
+import argparse
+from typing import Any
+
+from .policy import make_policy_parser, train_policy
+
+
+def main(*arguments: Any) -> None:
+    """Train, save, evaluate; the arguments are those of [`~trl_sharelora.scripts.policy.train_policy`] after the first."""
+    from ..trainers.rloo import ShareLoraRLOOTrainer
+
+    train_policy(ShareLoraRLOOTrainer, *arguments)
+
+
+def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str | None = None) -> Any:
+    """The parser of this script, as a subparser or on its own."""
+    from ..trainers.rloo import ShareLoraRLOOConfig
+
+    return make_policy_parser("rloo", ShareLoraRLOOConfig, subparsers, prog)
+
+
+if __name__ == "__main__":
+    from .launch import parse_arguments
+
+    main(*parse_arguments(make_parser()))
