@@ -5,6 +5,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..data import load_preferences
 from ..evaluation import calibrate as calibrate_reward
 from ..rewards import fit_confidence
@@ -45,7 +47,7 @@ def confidence(args: Namespace) -> None:
         pooled_discount=args.pooled_discount,
         **loading_arguments(args),
     )
-    what = f"an ensemble of {len(sets)} heads" if args.kind == "heads" else repr(sets)
+    what = f"an ensemble of {len(sets)} heads" if isinstance(sets, torch.Tensor) else repr(sets)
     print(f"{what}, from {len(dataset)} comparisons\nWritten into {Path(args.model_name_or_path, 'confidence')}")
 
 

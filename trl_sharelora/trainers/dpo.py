@@ -1,6 +1,7 @@
 """ShareLoraDPOTrainer: TRL's DPOTrainer with one policy per user, and pessimism as an option."""
 
 import copy
+import hashlib
 import logging
 import math
 from dataclasses import dataclass, field
@@ -65,7 +66,13 @@ class ShareLoraDPOConfig(UserArguments, DPOConfig):
                 f"rpo_alpha={self.rpo_alpha} came with loss_type={self.loss_type!r}. RPO is the sigmoid loss with an SFT regulariser; leave "
                 "loss_type out, or give the weights yourself: loss_type=['sigmoid', 'sft'], loss_weights=[1.0, ...]."
             )
-        self.loss_type, self.loss_weights = ["sigmoid", "sft"], [1.0, self.rpo_alpha]
+        if self.loss_weights is not None and list(self.loss_weights) != [1.0, self.rpo_alpha]:
+            raise ConfigError(
+                f"rpo_alpha={self.rpo_alpha} came with loss_weights={self.loss_weights!r}, which it sets itself to [1.0, "
+                f"{self.rpo_alpha}]. Give one of them."
+            )
+        self.loss_type: list[str] = ["sigmoid", "sft"]
+        self.loss_weights: list[float] | None = [1.0, self.rpo_alpha]
 
 
 class ShareLoraDPOTrainer(PreferencePairsMixin, DPOTrainer):
@@ -115,6 +122,9 @@ class ShareLoraDPOTrainer(PreferencePairsMixin, DPOTrainer):
     `users/accuracy_mean`, `users/accuracy_worst_tenth`, `users/ece`, and the table of all users in `output_dir/users/`.
     """
 
+    data_collator: Any
+    precompute_ref_logps: bool
+    _precompute_model_hash: str | None
     _tag_names = ["trl", "dpo", "sharelora"]
     _task_type = "CAUSAL_LM"
     _card_usage = POLICY_CARD
@@ -146,7 +156,10 @@ class ShareLoraDPOTrainer(PreferencePairsMixin, DPOTrainer):
     ):
         args = with_user_arguments(args or ShareLoraDPOConfig(default_output_dir(model, "DPO")))
         self.reward = reward
-        if reward is not None and (list(args.loss_type)[0] != "sigmoid" or args.f_divergence_type != "reverse_kl"):
+        # "sft" has no reference, so no margin either
+        if reward is not None and (
+            not {"sigmoid"} <= set(args.loss_type) <= {"sigmoid", "sft"} or args.f_divergence_type != "reverse_kl"
+        ):
             raise ConfigError(
                 f"reward=... came with loss_type={args.loss_type!r} and f_divergence_type={args.f_divergence_type!r}. A margin is an "
                 "offset of the sigmoid loss with the reverse KL (ODPO); leave these out, or leave `reward` out."
@@ -229,9 +242,30 @@ class ShareLoraDPOTrainer(PreferencePairsMixin, DPOTrainer):
         # called by the parent's constructor, and by `evaluate` afterwards
         if not isinstance(self.data_collator, UserBatchCollator):
             self.data_collator = UserBatchCollator(self.data_collator)
-        for working_set in get_router(self.model).working_sets.values():
+        working_sets = get_router(self.model).working_sets
+        for working_set in working_sets.values():
             working_set.to(self.args.device)
-        return super()._precompute_ref_logps(dataset, name, batch_size)
+        shards = getattr(self, "_shards", None)  # none yet in the parent's constructor
+        if "ref" in working_sets and shards is not None and shards.owners is not None:
+            raise UnsupportedError(
+                f"Reference log-probs of the {name} dataset are to be precomputed, but with user_sharding='owner' each process has by "
+                "now the reference of its own users only. Give the dataset as eval_dataset when the trainer is made, or leave "
+                "precompute_ref_log_probs out."
+            )
+        # TRL keeps the result beside the dataset under a hash of the rows and the model's tensors. It depends on more: the users'
+        # records where they are in a store, what the collator cuts, what LD-DPO weighs.
+        tensors = self._precompute_model_hash
+        everything = hashlib.sha256(
+            repr((tensors, self.args.max_length, self.args.truncation_mode, self.ld_alpha)).encode()
+        )
+        if "ref" in working_sets and isinstance(dataset, Dataset):
+            for row in sorted({*column_of(dataset, "user_index")} - {-1}):
+                everything.update(working_sets["ref"].store.read([row]).numpy().tobytes())
+        self._precompute_model_hash = everything.hexdigest()
+        try:
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        finally:
+            self._precompute_model_hash = tensors
 
     # -- a step -----------------------------------------------------------------------------------------------------------
 
@@ -290,5 +324,7 @@ def sequence_log_probs(log_probs: torch.Tensor, mask: torch.Tensor, ld_alpha: fl
     if ld_alpha is None:
         return log_probs.sum(dim=1)
     position, length = mask.cumsum(dim=1), mask.sum(dim=1)
-    shared = torch.minimum(*length.chunk(2)).repeat(2).unsqueeze(1)
-    return (log_probs * torch.where(position <= shared, 1.0, ld_alpha) * (position > 0)).sum(dim=1)
+    both = torch.minimum(*length.chunk(2)).repeat(2).unsqueeze(1)
+    # two sums, as TRL adds: where the policy is the reference, the difference is exactly zero
+    common = (log_probs * ((position > 0) & (position <= both))).sum(dim=1)
+    return common + ld_alpha * (log_probs * (position > both)).sum(dim=1)

@@ -53,6 +53,23 @@ def refuse_deepspeed(deepspeed: Any = None) -> None:
         raise UnsupportedError(deepspeed_message(f"ACCELERATE_USE_DEEPSPEED in the environment{detail}"))
 
 
+def refuse_fsdp(args: Any) -> None:
+    """Refuse FSDP for a policy, which nobody has tested with personal parameters.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            Of the trainer.
+
+    Raises:
+        UnsupportedError: it is asked for, there or by `accelerate launch`.
+    """
+    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+        raise UnsupportedError(
+            "FSDP was asked for; it is tested for the reward model only. A policy generates, and computes its reference beside itself, "
+            "through other paths of FSDP. Use DDP (accelerate_configs/multi_gpu.yaml) with an 8-bit or 4-bit base."
+        )
+
+
 def refuse_data_parallel(args: Any) -> None:
     """Refuse `nn.DataParallel`, which the Trainer uses when several GPUs are visible and nothing has started processes.
 

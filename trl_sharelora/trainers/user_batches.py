@@ -37,7 +37,7 @@ from ..sharelora.store import BANK_FOLDER, WORKING_FOLDER, remove_unnamed
 from ..users import UserRegistry
 from .seams import check_seams
 from .sharding import OwnerSampler, UserShards, balanced_owners, check_common_start, prepare_fsdp
-from .user_arguments import refuse_data_parallel
+from .user_arguments import refuse_data_parallel, refuse_fsdp
 
 
 logger = logging.getLogger(__name__)
@@ -108,6 +108,8 @@ class UserBatchesMixin:
         """Everything that is checked and gathered before TRL builds the trainer; the adapter's config for it."""
         check_seams(type(self))
         refuse_data_parallel(args)
+        if self._task_type == "CAUSAL_LM":
+            refuse_fsdp(args)
         if train_dataset is None:
             raise DataError("`train_dataset` is required: rows with a column that names the user.")
         self._check_adapter(model, peft_config)
