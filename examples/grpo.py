@@ -16,8 +16,8 @@ On four GPUs; the second form finds out by itself which arguments are accelerate
 The data are prompts of users, {"user_id": "ann", "prompt": "..."}; the preference log itself will do.
 """
 
-from trl_sharelora.scripts.launch import parse_arguments
 from trl_sharelora.scripts.grpo import main, make_parser
+from trl_sharelora.scripts.launch import parse_arguments
 
 
 if __name__ == "__main__":

@@ -35,7 +35,9 @@ def main() -> None:
             file.write(json.dumps({name: value for name, value in row.items() if name != "true_margin"}) + "\n")
     texts = [row["prompt"] + row[side] for row in rows for side in ("chosen", "rejected")]
     built = build_base_model(args.output_dir / "base_model", make_corpus(4000, rng), texts, steps=150, seed=args.seed)
-    print(f"{len(rows)} comparisons of {args.users} users, and a base model of {built['parameters']:,} weights, in {args.output_dir}")
+    print(
+        f"{len(rows)} comparisons of {args.users} users, and a base model of {built['parameters']:,} weights, in {args.output_dir}"
+    )
 
 
 if __name__ == "__main__":

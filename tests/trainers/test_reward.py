@@ -625,7 +625,9 @@ def test_another_trl_is_refused_with_a_clear_message(tmp_path, monkeypatch):
         """Of a TRL to come."""
 
     monkeypatch.setattr(RewardTrainer, "log", log)
-    with pytest.raises(UnsupportedError, match=r"overrides log\(logs, start_time\) of TRL .*RewardTrainer.log takes \(logs\)"):
+    with pytest.raises(
+        UnsupportedError, match=r"overrides log\(logs, start_time\) of TRL .*RewardTrainer.log takes \(logs\)"
+    ):
         make_trainer(tmp_path)
     monkeypatch.undo()
     monkeypatch.delattr(RewardTrainer, "_prepare_dataset")

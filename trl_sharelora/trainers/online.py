@@ -143,6 +143,8 @@ class OnlinePolicyMixin(UserBatchesMixin):
                     "A dataset with images came; personal policies are made and tested for text. Take the column out."
                 )
         config = self._prepare_users(model, args, train_dataset, peft_config, users)
+        if isinstance(model, PeftModel) and "ref" in model.peft_config:
+            model.delete_adapter("ref")  # of an earlier training; the reference of this one is the policy as it is now
         named = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
         for name, dataset in named.items():
             if isinstance(dataset, Dataset):
@@ -189,6 +191,11 @@ class OnlinePolicyMixin(UserBatchesMixin):
     def _route(self, user_index: torch.Tensor) -> Route:
         return self.router.resolve(user_index, unseen="common")
 
+    def _open_users(self) -> torch.Tensor:
+        route = self.router.current()
+        assert route is not None  # the callers below opened it
+        return route.user_index
+
     def _generate_and_score_completions(self, inputs):
         user_index = torch.tensor(self._rows_of(inputs), device=self.accelerator.device)
         with self.router.use(self._route(user_index)):
@@ -198,7 +205,7 @@ class OnlinePolicyMixin(UserBatchesMixin):
         return output
 
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
-        user_index = self.router.current().user_index
+        user_index = self._open_users()
         start = 0
 
         def piece(**inputs):
@@ -243,7 +250,7 @@ class OnlinePolicyMixin(UserBatchesMixin):
             bad = ~column.isfinite() if isinstance(function, nn.Module) else column.isinf()
             if bad.any():
                 _raise_not_finite(name, bad.nonzero().flatten().tolist(), user_ids)
-        self._record_rewards(self.router.current().user_index, mine)
+        self._record_rewards(self._open_users(), mine)
         return rewards
 
     def _weighted(self, rewards: torch.Tensor) -> torch.Tensor:
@@ -258,10 +265,20 @@ class OnlinePolicyMixin(UserBatchesMixin):
 
     def _record_rewards(self, user_index: torch.Tensor, rewards: torch.Tensor) -> None:
         mode = "train" if self.model.training else "eval"
-        gathered = (user_index, self._weighted(rewards))
-        # the last batch of an evaluation may be filled up with repeats
-        gather = self.accelerator.gather_for_metrics if mode == "eval" else self.accelerator.gather
-        self._rewards[mode].append(tuple(tensor.cpu() for tensor in gather(gathered)))
+        rows = self._rows_without_repeats()
+        gathered = self.accelerator.gather((user_index, self._weighted(rewards)))
+        self._rewards[mode].append(tuple(tensor[:rows].cpu() for tensor in gathered))
+
+    def _rows_without_repeats(self) -> int | None:
+        """How many completions of a batch of all processes count; the last one of an evaluation may be filled up. None is all.
+
+        Not `gather_for_metrics`: it takes the length of the dataset, which has prompts and not completions, for that of the loader.
+        """
+        state = self.accelerator.gradient_state
+        if self.model.training or not state.end_of_dataloader or state.remainder < 0:
+            return None
+        loader = state.active_dataloader
+        return len(loader.dataset) * self.num_generations_eval % loader.total_batch_size or None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"

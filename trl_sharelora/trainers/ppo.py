@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import set_additional_trainable_modules
 from transformers import PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
@@ -287,9 +289,10 @@ class ShareLoraPPOTrainer(OnlinePolicyMixin, GRPOTrainer):
             peft_config.modules_to_save = list(dict.fromkeys([*(peft_config.modules_to_save or ()), VALUE_HEAD]))
         else:
             add_value_head(model)
+            keep_reference(model)
         # values of the forwards in progress, and of the last ones
         self._open_values: list[torch.Tensor] | None = None
-        self._values: torch.Tensor | None = None
+        self._values: Any = None
         super().__init__(
             model, reward_funcs, args, train_dataset, eval_dataset, *rest, peft_config=peft_config, **kwargs
         )
@@ -354,6 +357,11 @@ class ShareLoraPPOTrainer(OnlinePolicyMixin, GRPOTrainer):
             rewards = self._whitened(rewards, mask, shift_mean=False)
         advantages, returns = generalized_advantages(rewards, values, mask, self.args.gamma, self.args.lam)
         self._log_rollout(scores, kl, values, returns, mask)
+        # TRL has logged the advantages of GRPO's groups, which are not used here
+        logged = self.accelerator.gather((advantages * mask).sum(1) / mask.sum(1).clamp(min=1)).tolist()
+        for _ in logged:
+            self._logs["advantages"].pop()
+        self._logs["advantages"].extend(logged)
         if self.args.whiten_advantages:
             advantages = self._whitened(advantages, mask)
         self._values = None
@@ -424,7 +432,22 @@ def add_value_head(model: PeftModel) -> None:
         return
     base = model.get_base_model()
     make_value_head(base)
-    only = copy.copy(config)
-    only.modules_to_save = [VALUE_HEAD]
-    model.set_additional_trainable_modules(only, "default")
+    only = copy.copy(config)  # what else is saved is wrapped already
+    only.modules_to_save, only.trainable_token_indices = [VALUE_HEAD], None
+    set_additional_trainable_modules(base, only, BaseTuner.get_model_config(base), "default")
     config.modules_to_save = [*(config.modules_to_save or ()), VALUE_HEAD]
+
+
+def keep_reference(model: PeftModel) -> None:
+    """Put a frozen copy of a policy's adapter beside it, users and all: the reference of the KL penalty.
+
+    GRPOTrainer makes one only where its own KL term is on (`beta` other than 0).
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            A policy with a ShareLoRA adapter named `default` and none named `ref`.
+    """
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, parameter in model.named_parameters():
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)

@@ -36,7 +36,11 @@ def check_seams(trainer: type) -> None:
                     continue  # it takes anything and hands it on
             # Trainer calls the dataset of its sampler `train_dataset`, RLOO and GRPO call it `dataset`
             if found != expected and not (name == "_get_train_sampler" and found == ["dataset"]):
-                there = "it is not there" if parent is None else f"{parent.__name__}.{name} takes ({', '.join(found)})"
+                there = (
+                    "it is not there"
+                    if parent is None or found is None
+                    else f"{parent.__name__}.{name} takes ({', '.join(found)})"
+                )
                 raise UnsupportedError(
                     f"{trainer.__name__} overrides {name}({', '.join(expected)}) of TRL {version('trl')}, but {there}. This release "
                     "of trl_sharelora is tested with the versions in constraints/tested.txt; install one of those (pip install "
