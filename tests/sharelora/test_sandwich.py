@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from trl_sharelora import ShareLoraConfig, use_users
 from trl_sharelora.sharelora import ResidentBank, get_router
+from trl_sharelora.sharelora.sandwich import project
 
 from .reference import SHARES, batch, randomise, relative_error, share_config
 from .test_layer import slow
@@ -532,3 +533,16 @@ def test_a_model_in_bf16_autocast_with_both_checkpointing_modes(bank):
         for name, gradient in results[0][1].items():
             assert torch.equal(gradients[name], gradient), name
             assert gradient.dtype == torch.float32
+
+
+@pytest.mark.parametrize("users", [1, 2, 16, 17])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_every_way_to_project_is_a_loop_over_rows(users, tokens):
+    """A token per row of few users goes through one product with everybody's factors; more of either through others."""
+    generator = torch.Generator().manual_seed(0)
+    own = torch.randn(users, 4, 6, generator=generator)
+    inverse = torch.arange(users).repeat(2)[torch.randperm(2 * users, generator=generator)]
+    x = torch.randn(2 * users, tokens, 6, generator=generator)
+    expected = torch.stack([0.5 * row @ own[user].mT for row, user in zip(x, inverse, strict=True)])
+    torch.testing.assert_close(project(x, own, inverse, 0.5, torch.float32), expected)
+    torch.testing.assert_close(project(x[:, 0], own, inverse, 0.5, torch.float32)[:, 0], expected[:, 0])

@@ -17,7 +17,7 @@ from ..errors import RoutingError, UnsupportedError
 from .bank import ResidentBank, SlotBank
 from .config import PERSONAL_FACTOR, ShareLoraConfig
 from .routing import Route, Router
-from .sandwich import ExpandOwn, ExpandShared, Gather, ShrinkOwn, ShrinkShared, gather
+from .sandwich import ExpandOwn, ExpandShared, Gather, ShrinkOwn, ShrinkShared, add_shared, factors, gather, project
 
 
 # Linear modules whose forward and backward make new tensors. By name, because bitsandbytes need not be installed.
@@ -221,7 +221,9 @@ class Linear(nn.Module, ShareLoraLayer):
         dropped = self.sharelora_dropout[adapter_name](x)
 
         # The paper's sentence: one B for everybody, one A for each user. (3.3), Algorithm 2.
-        if share == "B":
+        if share == "B" and not torch.is_grad_enabled():
+            through, h = dropped, project(dropped, factors(rows, dtype), rows.inverse, scaling, dtype)
+        elif share == "B":
             through, h = ShrinkOwn.apply(dropped, *rows, scaling, dtype, plain)
         else:
             through, h = ShrinkShared.apply(dropped, A.weight, scaling, dtype, plain)
@@ -235,7 +237,8 @@ class Linear(nn.Module, ShareLoraLayer):
             if share != "A":
                 if fresh is None:
                     return y + F.linear(h, B.weight.to(dtype)).reshape(y.shape).to(y.dtype)
-                return ExpandShared.apply(fresh, h, B.weight).reshape(y.shape)
+                added = ExpandShared.apply if torch.is_grad_enabled() else add_shared
+                return added(fresh, h, B.weight).reshape(y.shape)
             if fresh is None:
                 return y + torch.bmm(h, Gather.apply(*rows, dtype).mT).reshape(y.shape).to(y.dtype)
             return ExpandOwn.apply(fresh, h, *rows).reshape(y.shape)

@@ -19,6 +19,10 @@ import torch
 from torch.autograd.function import once_differentiable
 
 
+# with more users in a batch, one product with everybody's factors computes more than it saves
+FEW_USERS = 16
+
+
 class Rows(NamedTuple):
     """The users' own factors of one module and whose are the rows of the batch."""
 
@@ -93,6 +97,27 @@ def _add_to(target: torch.Tensor, each: torch.Tensor | slice, gradient: torch.Te
     return target.index_add_(0, each, gradient)
 
 
+def project(
+    x: torch.Tensor, own: torch.Tensor, inverse: torch.Tensor | None, scaling: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """`h = s A_u x` `(batch, seq, r)` for x `(batch, ..., in)` with each row's own `A_u`, of the users' `(users, r, in)`."""
+    users, r, _ = own.shape
+    if x.numel() == x.shape[0] * x.shape[-1] and inverse is not None and 1 < users <= FEW_USERS:
+        # A token per row, as while generating: the factors of all users in one product, of which each row keeps its own, reads
+        # each factor once and not once per row.
+        everyone = torch.mm(_two(x).to(dtype), own.reshape(users * r, -1).mT).view(-1, users, r)
+        return everyone[torch.arange(len(everyone), device=x.device), inverse].mul_(scaling).unsqueeze(1)
+    own = _groups(own, inverse)
+    h = torch.bmm(_grouped(x, own).to(dtype), own.mT).mul_(scaling)
+    return h.reshape(x.shape[0], -1, h.shape[-1])
+
+
+def add_shared(y: torch.Tensor, h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`y += h B'` in place, for y `(..., out)`, h `(batch, seq, r)` and one B `(out, r)` for all rows."""
+    _two(y).addmm_(_two(h), weight.to(h.dtype).mT)
+    return y
+
+
 class _Function(torch.autograd.Function):
     """Keeps the users' factors in the type they are computed in, and where their gradients go.
 
@@ -146,9 +171,7 @@ class ShrinkOwn(_Function):
         own = factors(rows, dtype)
         _Function.keep(ctx, rows, own, x)
         ctx.scaling, ctx.dtype, ctx.in_place = scaling, dtype, in_place
-        through, own = _pass_on(ctx, x), _groups(own, inverse)
-        h = torch.bmm(_grouped(x, own).to(dtype), own.mT).mul_(scaling)
-        return through, h.reshape(x.shape[0], -1, h.shape[-1])
+        return _pass_on(ctx, x), project(x, own, inverse, scaling, dtype)
 
     @staticmethod
     @once_differentiable
@@ -200,8 +223,7 @@ class ExpandShared(torch.autograd.Function):
     def forward(ctx, y, h, weight):
         ctx.save_for_backward(h, weight)
         ctx.mark_dirty(y)
-        _two(y).addmm_(_two(h), weight.to(h.dtype).mT)
-        return y
+        return add_shared(y, h, weight)
 
     @staticmethod
     @once_differentiable
