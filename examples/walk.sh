@@ -5,12 +5,13 @@
 #   bash examples/walk.sh LOG BASE             on your own: rows {"user_id", "prompt", "chosen", "rejected", "split"} with the splits
 #                                              train, validation and test, and a causal model, a path or an id of the hub
 #
-# Results go to $OUT (default walk_output). For a real model write your own copies of the two configs; their comments say what to change.
+# Results go to $OUT (default walk_output); $STEPS (default 60) are the policy's optimizer steps. For a real model write your own copies of the two configs; their comments say what to change.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-walk_output}
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false  # small models are fastest on one thread
+export TRANSFORMERS_VERBOSITY=error HF_DATASETS_DISABLE_PROGRESS_BARS=1 HF_HUB_DISABLE_PROGRESS_BARS=1 PYTHONWARNINGS=ignore
 run() { echo; echo "== $1"; shift; echo "   $*"; "$@"; }
 sharelora() { "$PYTHON" -W ignore -m trl_sharelora.cli "$@"; }
 
@@ -35,7 +36,8 @@ run "4. how well the reward model serves each user, on the test split; are its d
 
 run "5. a policy for every user, against the lower end of his reward" \
     sharelora rloo --config examples/configs/walk_rloo.yaml --model_name_or_path "$BASE" --dataset_name "$LOG" \
-    --reward_model_name_or_path "$OUT/reward" --pessimism_coefficient "$COEFFICIENT" --output_dir "$OUT/policy"
+    --reward_model_name_or_path "$OUT/reward" --pessimism_coefficient "$COEFFICIENT" --output_dir "$OUT/policy" \
+    --max_steps "${STEPS:-60}"
 
 USER_ID=$("$PYTHON" -c "import json, sys; print(json.loads(open(sys.argv[1]).readline())['user_id'])" "$LOG")
 run "6. one user as an ordinary LoRA" \

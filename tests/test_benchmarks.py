@@ -1,10 +1,12 @@
 """Each benchmark's smallest case runs and prints what it promises; no time is judged here."""
 
+import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas
 import pytest
 import torch
 
@@ -139,3 +141,120 @@ def test_a_script_prints_the_table_and_keeps_it(tmp_path):
     assert done.stdout.startswith("machine: ") and "versions: Python" in done.stdout
     assert done.stdout.count("ratio") == 6
     assert len([json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]) == 6
+
+
+# -- over-optimisation
+
+
+@pytest.fixture(scope="module")
+def overoptimisation(step_time):
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import overoptimisation
+
+        yield overoptimisation
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+def small(overoptimisation, **more):
+    sizes = {
+        **{
+            "users": 4,
+            "comparisons": (4, 8),
+            "common_words": 6,
+            "rare_words": 2,
+            "topics": 2,
+            "prompts": 1,
+            "held_out": 4,
+        },
+        **{"texts": 50, "reading": 5, "hidden_size": 16, "epochs": 1, "pool": 16, "candidates": (1, 4, 16)},
+        **{"coefficients": (1.0,), "rloo_steps": 2, "rloo_points": 1, "sampled": 2},
+    }
+    return overoptimisation.Sizes(**(sizes | more))
+
+
+WORLD = {"written_share": 0.2, "compared_share": 0.1, "rare_mean": -1.0}
+
+
+def test_best_of_n_is_the_mean_over_all_subsets(overoptimisation):
+    scores, gold = [0.3, -1.0, 2.0, 0.9, 0.1, 1.5], [5.0, 1.0, -2.0, 4.0, 0.0, 3.0]
+    order = sorted(range(6), key=lambda row: -scores[row])
+    found = overoptimisation.rank_weights(6, (1, 3, 6)) @ [gold[row] for row in order]
+    for n, value in zip((1, 3, 6), found, strict=True):
+        subsets = list(itertools.combinations(range(6), n))
+        best = [gold[max(subset, key=lambda row: scores[row])] for subset in subsets]
+        assert value == pytest.approx(sum(best) / len(best))
+    assert overoptimisation.best_of_n_kl(1) == 0
+    assert overoptimisation.best_of_n_kl(4) == pytest.approx(1.386294 - 0.75, abs=1e-5)
+
+
+def test_gold_is_the_sum_of_the_words_weights(overoptimisation):
+    world = overoptimisation.World(small(overoptimisation), 0, **WORLD)
+    weights = world.weights[2]
+    by_hand = (2 * weights[1] + weights[6]) / 8**0.5
+    assert world.gold(2, ["c1 r0 c1 elsewhere"])[0] == pytest.approx(by_hand)
+    rows = world.rows([30, 0, 0, 0])
+    assert set(rows["user_id"][:]) == {"user00"}
+    better = world.gold(0, rows["chosen"][:]) - world.gold(0, rows["rejected"][:])
+    assert (better > 0).sum() > (better < 0).sum()
+
+
+def test_difference_and_worst_tenth_by_hand(overoptimisation):
+    gold = {"plain": ([0.0, 1.0], [1.0, 3.0]), "ellipsoid": ([1.0, 1.5], [2.5, 2.5])}
+    lines = [
+        {"seed": seed, "set": name, "chosen_by": "calibrated" if name != "plain" else "", "user_id": user}
+        | {"point": point, "gold": value if point == 4 else 9.0}
+        for name, seeds in gold.items()
+        for seed, values in enumerate(seeds)
+        for user, value in enumerate(values)
+        for point in (1, 4)
+    ]
+    found = overoptimisation.differences(pandas.DataFrame(lines), "ellipsoid", "calibrated")
+    # seeds: .75 and .5; worst of two users: 1 - 0 and 2.5 - 1
+    assert found["mean"] == pytest.approx(0.625) and found["worst"] == pytest.approx(1.25)
+    assert found["mean_pm"] == pytest.approx(12.706 * 0.125, rel=1e-3)
+    assert found["mean_low"] <= 0.625 <= found["mean_high"]
+
+
+def test_over_optimisation_widths_and_kl_are_the_packages(overoptimisation, tmp_path):
+    sizes = small(overoptimisation)
+    study = overoptimisation.Study(tmp_path, 0, sizes, **WORLD)
+    assert all(len(text.split()) == overoptimisation.LENGTH for pool in study.pools for text in pool)
+    study.fit()
+    texts, prompts = study.pools[0], ["t0 "] * sizes.pool
+    found = study.widths("user03", prompts, texts)
+    assert set(found) == {"plain", *overoptimisation.SETS}
+    for name, reward in study.rewards.items():
+        mean, width = found[name]
+        rows = (prompts, texts, ["user03"] * len(texts))
+        if reward.form == "worst":
+            torch.testing.assert_close(
+                torch.tensor(mean - width).float(), torch.tensor(reward(*rows[:2], user_id=rows[2]))
+            )
+        else:
+            expected = reward.score(*rows)
+            torch.testing.assert_close(torch.tensor(mean).float(), expected.mean)
+            torch.testing.assert_close(torch.tensor(width).float(), expected.std, rtol=1e-4, atol=1e-6)
+    study.best_of_n()
+    study.rloo("plain", beta=0.01)
+    lines = pandas.DataFrame(study.lines)
+    first = lines[(lines["method"] == "best-of-n") & (lines["point"] == 1)]
+    assert first["gold"].abs().max() < 1e-9  # the mean of the base policy's texts
+    gold_itself = lines[lines["set"] == "gold itself"].groupby("point")["gold"].mean()
+    assert gold_itself[16] > gold_itself[4] > gold_itself[1]
+    kl = lines[lines["method"] == "RLOO"].groupby("point")["kl"].mean()
+    assert kl[0] == pytest.approx(0, abs=1e-5) and kl[2] > 0
+
+
+def test_over_optimisation_prints_table_and_verdict(overoptimisation, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(overoptimisation, "QUICK", small(overoptimisation, sets=("ellipsoid",)))
+    overoptimisation.main(["--quick", "--output", str(tmp_path / "picture.png")])
+    printed = capsys.readouterr().out
+    assert printed.count("over seeds") == 4 and printed.count("reached") + printed.count("missed") == 4
+    assert printed.count("| RLOO |") == 2 and "| best-of-n | ellipsoid |" in printed
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    content = json.loads((tmp_path / "picture.json").read_text())
+    assert len(content["verdicts"]) == 4 and len(content["proxies"]) == 2
+    lines = pandas.read_csv(tmp_path / "picture.csv")
+    assert set(lines["seed"]) == {0, 1} and set(lines["comparisons"]) == {4, 8}

@@ -1,6 +1,7 @@
 """The policy commands and their example configurations, run as written: only models and data are replaced by small local ones."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -167,3 +168,22 @@ def test_confidence_and_calibrate(made, tmp_path, capsys):
     assert content["coverage"] >= 0.7 and content["pessimism_coefficient"] >= 0 and content["comparisons"] == 8
     assert cli.main(["eval", *bare, *common, "--dataset_split", "test", "--confidence", "ellipsoid"]) == 0
     assert "from the narrowest to the widest quarter" in capsys.readouterr().out
+
+
+def test_the_walk_goes_from_a_log_to_an_exported_user(made, tmp_path):
+    rows = [json.loads(line) for line in Path(made["log"]).read_text(encoding="utf-8").splitlines()]
+    log = tmp_path / "log.jsonl"
+    for number, row in enumerate(rows):
+        row["split"] = ("train", "validation", "test")[number // 3 % 3]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    environment = os.environ | {"OUT": str(tmp_path / "out"), "STEPS": "1", "PYTHON": sys.executable}
+    walk = subprocess.run(
+        ["bash", str(ROOT / "examples" / "walk.sh"), str(log), made["base"]],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert walk.returncode == 0, walk.stdout[-2000:] + walk.stderr[-3000:]
+    assert walk.stdout.rstrip().endswith(f"Everything is in {tmp_path / 'out'}.")
+    assert walk.stdout.count("\n== ") == 6 and "his own:" in walk.stdout and "reward_worst_tenth" in walk.stdout
+    assert type(PeftConfig.from_pretrained(tmp_path / "out" / "one_user")) is LoraConfig
