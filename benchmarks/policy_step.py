@@ -17,6 +17,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from step_time import line, shown, verdict
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
@@ -49,6 +50,13 @@ def policy(layers: int = 4, hidden: int = 512) -> LlamaForCausalLM:
         "eos_token_id": 1,
     }
     return LlamaForCausalLM(LlamaConfig(**config))
+
+
+def tokenizer():
+    """The benchmarks' tokenizer, for text: the others' rows are token ids."""
+    made = common.tokenizer()
+    made.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
+    return made
 
 
 def words(count: int, generator: torch.Generator) -> str:
@@ -120,7 +128,7 @@ def step(method: str, users: int, rows: int, tokens: int, rounds: int, banks: tu
                 policy(),
                 args=our_config(**args),
                 train_dataset=data,
-                processing_class=common.tokenizer(),
+                processing_class=tokenizer(),
                 peft_config=ShareLoraConfig(**ADAPTER, bank=bank),
                 **arguments,
             )
@@ -132,7 +140,7 @@ def step(method: str, users: int, rows: int, tokens: int, rounds: int, banks: tu
             policy(),
             args=their_config(**args),
             train_dataset=data,
-            processing_class=common.tokenizer(),
+            processing_class=tokenizer(),
             peft_config=LoraConfig(task_type="CAUSAL_LM", **ADAPTER),
             **arguments,
         )
@@ -156,10 +164,10 @@ def score(rounds: int, users: int = 1000, comparisons: int = 100, rows: int = 64
         chosen, rejected = torch.randn(2, comparisons, size, generator=generator)
         builder.add(torch.full((comparisons,), user), chosen, rejected)
     sets = builder.finish()
-    tokenizer = common.tokenizer()
+    made = tokenizer()
     rewards = {
-        "plain": UserReward(model, processing_class=tokenizer, batch_size=rows),
-        "ellipsoid": UserReward(model, "ellipsoid", processing_class=tokenizer, sets=sets, batch_size=rows),
+        "plain": UserReward(model, processing_class=made, batch_size=rows),
+        "ellipsoid": UserReward(model, "ellipsoid", processing_class=made, sets=sets, batch_size=rows),
     }
     texts = {
         "prompts": [words(tokens, generator) + " " for _ in range(rows)],
@@ -198,7 +206,7 @@ def main() -> None:
         elif case == "dpo":
             lines = step(case, users=8, rows=8, tokens=32, rounds=args.rounds)
         else:
-            lines = step(case, users=8, rows=32, tokens=32, rounds=args.rounds)
+            lines = step(case, users=8, rows=32, tokens=16, rounds=args.rounds)
         for row in lines:
             print(shown(row), flush=True)
             common.append(args.out, row)

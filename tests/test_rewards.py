@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import math
+import os
 import shutil
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from datasets import Dataset
 from helpers import MAX_POSITIONS, keep_unpacked, preference_rows, save_tiny, tiny_causal, tiny_model, tiny_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from trl_sharelora import ShareLoraConfig, use_users
@@ -26,7 +28,14 @@ from trl_sharelora.errors import (
 from trl_sharelora.evaluation import calibrate, evaluate_users
 from trl_sharelora.forget import forget_user
 from trl_sharelora.new_users import add_users
-from trl_sharelora.rewards import CountSketch, UserReward, add_comparisons, fit_confidence, load_reward_model
+from trl_sharelora.rewards import (
+    CountSketch,
+    SampledReferences,
+    UserReward,
+    add_comparisons,
+    fit_confidence,
+    load_reward_model,
+)
 from trl_sharelora.sharelora import ShareLoraLayer, get_router
 
 
@@ -366,7 +375,7 @@ def test_sets_that_are_missing_torn_or_of_another_adapter_are_refused(saved, fol
     UserReward(saved, "ellipsoid")
     # trained on: another head
     shutil.copytree(f"{saved}/confidence", folder / "rm1" / "confidence")
-    with pytest.raises(PessimismError, match="another score head.*trained on since"):
+    with pytest.raises(PessimismError, match="other weights.*trained on since"):
         UserReward(folder / "rm1", "ellipsoid")
     shutil.rmtree(folder / "rm1" / "confidence")
     with pytest.raises(PessimismError, match="32 features and 3 users, the model has 32 and 2"):
@@ -1030,3 +1039,93 @@ def test_forgetting_a_user_takes_his_comparisons_out_of_the_saved_ellipsoids(sav
     assert not after.sets.has(torch.tensor([row])).any()
     others = [place for place, user in enumerate(chosen["user_id"]) if user != gone]
     torch.testing.assert_close(after.score(**chosen).std[others], widths[others])
+
+
+def test_margins_read_tools_and_template_arguments_too(saved):
+    rows = preference_rows(USERS, 6, conversational=True)
+    data = Dataset.from_list([row | {"chat_template_kwargs": {"shout": True}} for row in rows])
+    reward = UserReward(saved)
+    columns = [data["prompt"], data["chosen"], data["rejected"], data["user_id"]]
+    pairs = [tokenize_preference(row, reward.scorer.processing_class) for row in data]
+    expected = reward.compare(pairs, data["user_id"]).mean
+    margins = reward.margins(*columns, chat_template_kwargs=data["chat_template_kwargs"])
+    assert torch.equal(margins, expected)
+    assert not torch.allclose(reward.margins(*columns), expected)
+
+
+@pytest.mark.parametrize("parameters", ["last_layer", "own_factor"])
+def test_sets_of_other_weights_are_refused_and_those_of_a_forgotten_user_are_not(saved, parameters):
+    data, *_ = comparisons()
+    fit_confidence(saved, data, parameters=parameters)
+    assert UserReward(saved, "ellipsoid").parameters == parameters
+    forget_user(saved, data["user_id"][0])
+    UserReward(saved, "ellipsoid")
+    path = os.path.join(saved, "adapter_model.safetensors")
+    tensors = load_file(path)
+    name = next(name for name in tensors if "sharelora_B" in name)
+    save_file(tensors | {name: tensors[name] * (1 + 1e-6)}, path, metadata={"format": "pt"})
+    with pytest.raises(PessimismError, match="fitted to other weights"):
+        UserReward(saved, "ellipsoid")
+
+
+def test_users_without_comparisons_of_their_own_are_counted(saved):
+    data, *_ = comparisons(users=["ann", "bob"])
+    fit_confidence(saved, data)
+    logged = {}
+    asked = requests(9)
+    UserReward(saved, "ellipsoid")(**asked, log_metric=logged.__setitem__)
+    assert logged["user_reward/unfitted_share"] == pytest.approx(1 / 3) and logged["user_reward/unseen_share"] == 0
+
+
+def test_calibration_leaves_long_comparisons_out_and_finds_no_coefficient_for_the_worst_member(saved, folder, caplog):
+    data, *_ = comparisons(40)
+    fit_confidence(saved, data)
+    result = calibrate(saved, data, 0.5, max_length=12)
+    assert 0 < result.n < 40
+    members = [folder / "rm0", folder / "rm1"]
+    with pytest.raises(ConfigError, match="whatever the coefficient"):
+        calibrate(UserReward(members, "ensemble", form="worst"), data, 0.5)
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+def test_references_are_sampled_once_per_prompt_and_user(saved, conversational):
+    asked = requests(4, conversational=conversational)
+    double = {name: [value for value in values for _ in range(2)] for name, values in asked.items()}
+    policy = tiny_causal()
+    torch.manual_seed(0)
+    sampled = SampledReferences(policy, TOKENIZER, num=3, max_new_tokens=4)
+    found = sampled(double["prompts"], double["user_id"])
+    assert [len(references) for references in found] == [3] * 8 and found[::2] == found[1::2]
+    assert all(
+        isinstance(reference, list if conversational else str) for references in found for reference in references
+    )
+    # the reward is that of the mean of these very completions taken off
+    reward = UserReward(saved, reference=lambda prompts, user_ids: found)
+    plain = UserReward(saved)
+    expected = [
+        plain.score([prompt], [completion], [user]).mean.item()
+        - plain.score([prompt] * 3, references, [user] * 3).mean.mean().item()
+        for prompt, completion, user, references in zip(
+            double["prompts"], double["completions"], double["user_id"], found, strict=True
+        )
+    ]
+    assert reward(**double) == pytest.approx(expected, abs=1e-4)
+
+
+def test_references_of_a_personal_policy_are_each_users_own(tmp_path):
+    config = ShareLoraConfig(task_type="CAUSAL_LM", users=USERS, r=4, target_modules=TARGETS)
+    policy = moved(get_peft_model(tiny_causal(), config), 0)
+    sampled = SampledReferences(policy, TOKENIZER, max_new_tokens=6, do_sample=False)
+    prompts = ["w1 w2"] * 3
+    found = sampled(prompts, USERS)
+    with use_users(policy, ["bob"]), torch.no_grad():
+        batch = TOKENIZER(prompts[:1], return_tensors="pt")
+        output = policy.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=6,
+            do_sample=False,
+            pad_token_id=TOKENIZER.pad_token_id,
+        )
+    assert found[1] == TOKENIZER.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert found[0] != found[1] or found[1] != found[2]

@@ -83,7 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--output_dir", metavar="DIR", help="also write users.parquet and summary.json there")
     evaluate.add_argument(
         "--confidence",
-        choices=("none", "ellipsoid"),
+        choices=("none", "ellipsoid", "ensemble", "ball"),
         default="none",
         help="also tell whether wider confidence sets mean more errors",
     )

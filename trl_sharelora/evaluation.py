@@ -500,6 +500,7 @@ def calibrate(
     pessimism: str = "ellipsoid",
     *,
     user_column: str = "user_id",
+    max_length: int | None = None,
     **options: Any,
 ) -> Calibration:
     """The pessimism coefficient with which held-out comparisons lie within the confidence sets as often as wanted.
@@ -523,6 +524,8 @@ def calibrate(
             The set, where `model_or_path` is not a reward.
         user_column (`str`, *optional*, defaults to `"user_id"`):
             The column that names the user.
+        max_length (`int`, *optional*):
+            Comparisons with a longer text are left out and counted in the log, as in training.
         **options:
             Of [`~trl_sharelora.rewards.UserReward`].
 
@@ -545,10 +548,20 @@ def calibrate(
         raise ConfigError(
             "A reward without pessimism has no width to calibrate; give pessimism='ellipsoid', 'ensemble' or 'ball'."
         )
+    if reward.pessimism == "ensemble" and reward.form == "worst":
+        raise ConfigError(
+            "form='worst' takes the least member whatever the coefficient, so there is none to find. Give form='std' or 'variance'."
+        )
     check_preference_rows(dataset, user_column, name="calibration")
-    rows = list(dataset.with_format(None))
+    tokenizer = reward.scorer.processing_class
+    rows = [
+        {user_column: row[user_column], **tokenize_preference(row, tokenizer)} for row in dataset.with_format(None)
+    ]
+    if max_length is not None:
+        check_long_rows(Dataset.from_list(rows), max_length, user_column, name="calibration")
+        rows = [row for row in rows if _longest(row) <= max_length]
     ids = [user_id_as_text(row[user_column]) for row in rows]
-    margins, widths = reward.compare([tokenize_preference(row, reward.scorer.processing_class) for row in rows], ids)
+    margins, widths = reward.compare(rows, ids)
     margins, widths = margins.double(), widths.double()
     coefficient = conformal_coefficient(margins, widths, coverage)
 

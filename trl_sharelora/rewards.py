@@ -6,23 +6,25 @@ of a confidence set in place of the estimate: Algorithm 1 of P-ShareLoRA (https:
 here is what connects them with a model: tokens, features, gradients, files.
 """
 
+import copy
+import hashlib
 import json
 import logging
 import os
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
-from peft import AutoPeftModelForSequenceClassification, PeftModel
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .data import check_preference_rows, tokenize_completion, tokenize_preference
 from .errors import ConfigError, DataError, NonFiniteError, PessimismError, UnknownUserError, UserIdError, some_rows
@@ -38,7 +40,7 @@ from .pessimism import (
     lower_bound,
 )
 from .sharelora.bank import SlotBank
-from .sharelora.config import ShareLoraConfig
+from .sharelora.config import PERSONAL_FACTOR, ShareLoraConfig
 from .sharelora.layer import ShareLoraLayer
 from .sharelora.routing import UNSEEN, use_users
 from .users import UserRegistry, user_id_as_text
@@ -133,6 +135,17 @@ class _Scorer:
         )
 
     # -- forwards
+
+    def fingerprint(self) -> str:
+        """A digest of what all users share: the factors and the head. They are float32 however the base is loaded."""
+        personal = f"sharelora_{PERSONAL_FACTOR[self.config.share]}."
+        digest = hashlib.sha256()
+        for key, parameter in sorted(self.model.named_parameters()):
+            ours = ".sharelora_" in key or ".modules_to_save." in key
+            if ours and f".{self.adapter}." in key and personal not in key:
+                digest.update(key.encode())
+                digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     @contextmanager
     def scoring(self) -> Iterator[None]:
@@ -366,6 +379,15 @@ def _read_config(path: str) -> ShareLoraConfig:
     return config
 
 
+def default_device() -> torch.device:
+    """This process's accelerator, or the CPU."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None:
+        return torch.device("cpu")
+    # before an Accelerator is made, every process's current device is the first one
+    return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", torch.accelerator.current_device_index())))
+
+
 def load_reward_model(
     path: str | os.PathLike,
     processing_class: Any = None,
@@ -393,10 +415,7 @@ def load_reward_model(
     """
     path = os.fspath(path)
     _read_config(path)
-    if device is None:
-        device = torch.accelerator.current_accelerator() or "cpu" if torch.accelerator.is_available() else "cpu"
-        if str(device) != "cpu":
-            device = torch.device(str(device), torch.accelerator.current_device_index())
+    device = default_device() if device is None else device
     tokenizer = AutoTokenizer.from_pretrained(path) if processing_class is None else processing_class
     model = AutoPeftModelForSequenceClassification.from_pretrained(
         path,
@@ -455,8 +474,8 @@ class UserReward:
         form (`str`, *optional*, defaults to `"std"`):
             Of an ensemble: mean minus c standard deviations, `"worst"` the least member, `"variance"` mean minus c
             variances.
-        parameters (`str`, *optional*, defaults to `"last_layer"`):
-            Features of the ellipsoid: the input of the score head, or `"own_factor"`, the reward's gradient with
+        parameters (`str`, *optional*):
+            Features of the ellipsoid, by default those it was fitted with: `"last_layer"`, the input of the score head, or `"own_factor"`, the reward's gradient with
             respect to the user's own factor, reduced by a [`CountSketch`] (a backward more, and blind to what the
             shared parts do not know).
         zeta (`float`, *optional*):
@@ -487,7 +506,7 @@ class UserReward:
         ConfigError: A setting is unknown, or `model_or_path` is no ShareLoRA reward model.
 
     Metrics, where TRL gives `log_metric`: `user_reward/mean`, `user_reward/penalty` (how much lower the returned
-    rewards are on average), `user_reward/unseen_share` (of rows), `user_reward/empty_completions` and
+    rewards are on average), `user_reward/unseen_share` (of rows), `user_reward/unfitted_share` (rows of users of whom the ellipsoids know no comparison), `user_reward/empty_completions` and
     `user_reward/truncated` (rows).
 
     Example:
@@ -508,7 +527,7 @@ class UserReward:
         processing_class: Any = None,
         sets: EllipsoidSets | torch.Tensor | None = None,
         form: str = "std",
-        parameters: str = "last_layer",
+        parameters: str | None = None,
         zeta: float | None = None,
         ball: str = "sample",
         batch_size: int = 16,
@@ -523,7 +542,7 @@ class UserReward:
         for name, value, known in (
             ("pessimism", pessimism, PESSIMISMS),
             ("form", form, FORMS),
-            ("parameters", parameters, PARAMETERS),
+            ("parameters", parameters, (None, *PARAMETERS)),
             ("ball", ball, BALLS),
             ("unseen", unseen, UNSEEN),
         ):
@@ -535,13 +554,17 @@ class UserReward:
             raise PessimismError(
                 f"reference={reference!r} came; the name of a column, or a function (prompts, user_ids) -> completions, is needed."
             )
-        if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
+        if max_length is not None and (type(max_length) is not int or max_length < 1):
             raise ConfigError(f"max_length={max_length!r} came; a whole number of at least 1, or None, is needed.")
+        if pessimism == "ball" and reference is None:
+            logger.warning(
+                "pessimism='ball' came without a reference; (3.5) of the paper subtracts the reward of the reference policy. Give "
+                "reference=..., a column of completions or a function that samples them (SampledReferences)."
+            )
         self.pessimism = pessimism
         self.pessimism_coefficient = pessimism_coefficient
         self.reference = reference
         self.form = form
-        self.parameters = parameters
         self.radius = 1.0 if zeta is None else ball_radius(zeta)
         self.ball = ball
         self.max_length = max_length
@@ -556,6 +579,7 @@ class UserReward:
 
         self.members: list[str] = []
         self.sets: Any = sets
+        self.parameters = parameters or "last_layer"
         path: str | None = None
         if isinstance(model_or_path, list | tuple):
             model, processing_class, self.members = _load_members(model_or_path, pessimism, processing_class, loading)
@@ -568,15 +592,21 @@ class UserReward:
         self.sketch: CountSketch | None = None
         if pessimism in ("ellipsoid", "ensemble") and not self.members:
             kind = "ellipsoid" if pessimism == "ellipsoid" else "heads"
-            settings: dict[str, Any] = {"parameters": parameters, "sketch_size": SKETCH_SIZE, "sketch_seed": 0}
+            settings: dict[str, Any] = {
+                "parameters": parameters or "last_layer",
+                "sketch_size": SKETCH_SIZE,
+                "sketch_seed": 0,
+            }
             if self.sets is None:
                 self.sets, settings = _load_sets(path, kind, self.scorer)
+            parameters = parameters or settings["parameters"]
             if kind == "ellipsoid" and settings["parameters"] != parameters:
                 raise PessimismError(
                     f"The ellipsoids of {path!r} are of parameters={settings['parameters']!r}, and {parameters!r} is asked for. Give "
                     f"parameters={settings['parameters']!r}, or fit them again: fit_confidence({path!r}, train_dataset, "
                     f"parameters={parameters!r})."
                 )
+            self.parameters = parameters
             self._check_sets(kind)
             self.sets = self.sets.to(self.scorer.device)
             if parameters == "own_factor":
@@ -649,9 +679,18 @@ class UserReward:
             log_metric("user_reward/mean", float(mean.mean()))
             log_metric("user_reward/penalty", float((mean - value).mean()))
             log_metric("user_reward/unseen_share", float((rows.user_index < 0).float().mean()))
+            if isinstance(self.sets, EllipsoidSets):
+                log_metric("user_reward/unfitted_share", float((~self._fitted(rows.user_index)).float().mean()))
             log_metric("user_reward/empty_completions", float(rows.empty))
             log_metric("user_reward/truncated", float(rows.truncated))
         return value.tolist()
+
+    def _fitted(self, user_index: torch.Tensor) -> torch.Tensor:
+        """Which rows are of users whose own comparisons the ellipsoids know, `(rows,)`."""
+        known = torch.where(user_index < self.sets.num_users, user_index, -1)
+        fitted = torch.zeros(len(known), dtype=torch.bool)
+        fitted[known >= 0] = self.sets.has(known[known >= 0].to(self.sets.device)).cpu()
+        return fitted
 
     def score(self, prompts: list, completions: list, user_id: list | None = None, **columns: Any) -> RewardEstimate:
         """Reward and width of each row, float32 on the CPU and without gradient: for best-of-n and reports.
@@ -689,7 +728,9 @@ class UserReward:
         rejected, _ = self._fit([list(pair["rejected_ids"]) for pair in pairs])
         return _Rows(chosen, ids, index, [[sequence] for sequence in rejected], 0, 0)
 
-    def margins(self, prompts: list, chosen: list, rejected: list, user_ids: Sequence[str | int]) -> torch.Tensor:
+    def margins(
+        self, prompts: list, chosen: list, rejected: list, user_ids: Sequence[str | int], **columns: list
+    ) -> torch.Tensor:
         """Lower end of what the reward of `chosen` is above that of `rejected`: `mean - c width` of the difference, `(rows,)`.
 
         Args:
@@ -697,9 +738,11 @@ class UserReward:
                 Text, or lists of messages.
             user_ids (`list[str]`):
                 One user per row.
+            **columns:
+                `tools` and `chat_template_kwargs` for the chat template, one entry per row.
         """
-        rows = zip(prompts, chosen, rejected, strict=True)
-        names = ("prompt", "chosen", "rejected")
+        rows = zip(prompts, chosen, rejected, *columns.values(), strict=True)
+        names = ("prompt", "chosen", "rejected", *columns)
         tokenizer = self.scorer.processing_class
         pairs = [tokenize_preference(dict(zip(names, row, strict=True)), tokenizer) for row in rows]
         return self._estimate(self._pairs(pairs, user_ids), "sample", self._lower_end)[1]
@@ -964,6 +1007,65 @@ class UserReward:
             f"{some_rows(bad_rows)}. The training of these users (or of all, if all are named) has diverged, or the base's dtype "
             "overflows: load it in float32 or bfloat16, or go back to an earlier checkpoint."
         )
+
+
+class SampledReferences:
+    """Completions of the reference policy, for [`UserReward`]: the E_ref of (3.5), estimated by sampling.
+
+    Each prompt of a user is completed once per call, however many completions are compared with it.
+
+    Args:
+        policy ([`~transformers.PreTrainedModel`], `str` or `os.PathLike`):
+            A causal model, or where one was saved: what the policy starts from. A personal policy (a ShareLoRA adapter) completes
+            each prompt as its user.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Its tokenizer; by default the one saved with it.
+        num (`int`, *optional*, defaults to 1):
+            Completions per prompt: more of them cost more and make E_ref less noisy.
+        **generation:
+            Of `generate`: `max_new_tokens` (by default 256, as TRL's `max_completion_length`), `temperature`, ....
+    """
+
+    def __init__(self, policy: Any, processing_class: Any = None, num: int = 1, **generation: Any):
+        if num < 1:
+            raise ConfigError(f"num={num} came; at least one completion per prompt is needed.")
+        if isinstance(policy, str | os.PathLike):
+            path = os.fspath(policy)
+            processing_class = processing_class or AutoTokenizer.from_pretrained(path)
+            adapter = Path(path, "adapter_config.json").is_file()
+            kind = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
+            policy = kind.from_pretrained(path, dtype="float32", device_map={"": default_device()})
+        self.policy = policy.eval()
+        self.processing_class = copy.copy(processing_class)
+        self.processing_class.padding_side = "left"
+        self.num = num
+        self.generation = {"max_new_tokens": 256, "do_sample": True} | generation
+
+    def __call__(self, prompts: list, user_ids: list[str]) -> list[list]:
+        """`num` completions for each prompt, in its form."""
+        tokenizer = self.processing_class
+        asked = [(user_id, json.dumps(prompt)) for prompt, user_id in zip(prompts, user_ids, strict=True)]
+        distinct = dict(zip(asked, prompts, strict=True))
+        messages = isinstance(prompts[0], list)
+        texts = list(distinct.values())
+        if messages:
+            texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in texts]
+        batch = tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=not messages)
+        batch = batch.to(self.policy.device)
+        users = [user_id for user_id, _ in distinct]
+        personal = isinstance(getattr(self.policy, "active_peft_config", None), ShareLoraConfig)
+        with torch.no_grad(), use_users(self.policy, users) if personal else nullcontext():
+            output = self.policy.generate(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                num_return_sequences=self.num,
+                pad_token_id=tokenizer.pad_token_id,
+                **self.generation,
+            )
+        found = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        completions = [[{"role": "assistant", "content": text}] if messages else text for text in found]
+        of_key = {key: completions[n * self.num : (n + 1) * self.num] for n, key in enumerate(distinct)}
+        return [of_key[key] for key in asked]
 
 
 class _Rows(NamedTuple):
@@ -1289,13 +1391,12 @@ def _features_of(
 def _save_sets(directory: str, kind: str, sets: Any, settings: dict[str, Any], scorer: _Scorer) -> None:
     tensors = {"heads": sets} if kind == "heads" else sets.tensors()
     tensors = {f"set.{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    if settings["parameters"] == "last_layer":
-        tensors["head"] = scorer.head().weight.detach().float().cpu().contiguous()
     content = {
         **settings,
         "version": VERSION,
         "registry_id": scorer.users.registry_id,
         "num_users": len(scorer.users),
+        "model": scorer.fingerprint(),
         "set": {} if kind == "heads" else sets.settings(),
     }
     folder = Path(directory, CONFIDENCE_FOLDER)
@@ -1305,11 +1406,13 @@ def _save_sets(directory: str, kind: str, sets: Any, settings: dict[str, Any], s
 
 def _write_sets(folder: Path, kind: str, tensors: dict[str, torch.Tensor], content: dict[str, Any]) -> None:
     """Tensors, then the settings, each whole or not at all; a token in both says that they belong together."""
+    if os.environ.get("RANK", "0") != "0":
+        return  # every process of a launched script gets here with the same sets
     token = uuid.uuid4().hex
-    temporary = folder / f"{kind}.safetensors.tmp"
+    temporary = folder / f"{kind}.{token}.tmp"
     save_file(tensors, temporary, metadata={"token": token})
     os.replace(temporary, folder / f"{kind}.safetensors")
-    temporary = folder / f"{kind}.json.tmp"
+    temporary = folder / f"{kind}.{token}.tmp"
     with open(temporary, "w", encoding="utf-8") as file:
         json.dump({**content, "token": token}, file, indent=2)
         file.flush()
@@ -1383,15 +1486,11 @@ def _load_sets(directory: str | None, kind: str, scorer: _Scorer) -> tuple[Any, 
             f"The {what} in {str(folder)!r} are of another list of users ({num_users} users; the adapter has {len(scorer.users)}), so their "
             f"rows would be of the wrong users. {remedy}"
         )
-    if "head" in tensors:
-        head = scorer.head().weight.detach().float().cpu()
-        saved = tensors["head"]
-        # a cast to bf16 moves each weight by up to 0.4 %
-        if saved.shape != head.shape or bool((saved - head).norm() > 4e-3 * head.norm()):
-            raise PessimismError(
-                f"The {what} in {str(folder)!r} were fitted with another score head: the adapter was trained on since, and its features "
-                f"are others now. {remedy}"
-            )
+    if settings["model"] != scorer.fingerprint():
+        raise PessimismError(
+            f"The {what} in {str(folder)!r} were fitted to other weights: the adapter was trained on since, and its features are others "
+            f"now. {remedy}"
+        )
     return sets, settings
 
 

@@ -926,3 +926,12 @@ def test_bad_input_is_named_before_anything_is_trained(tmp_path, adapters):
         make_trainer(tmp_path, model=PeftModel.from_pretrained(tiny_causal(), adapters["resident"]), adapter={})
     with pytest.raises(ConfigError, match="unseen='guess'"):
         arguments(tmp_path, unseen="guess")
+
+
+@pytest.mark.parametrize("kind", ["resident", "mmap"])
+def test_a_second_training_of_the_same_policy_has_the_policy_as_it_is_for_its_reference(tmp_path, adapters, kind):
+    first = make_trainer(tmp_path / "first", model=ready(adapters[kind]), adapter={}, max_steps=2)
+    first.train()
+    second = make_trainer(tmp_path / "second", model=first.model, adapter={}, max_steps=1)
+    second.train()
+    assert second.state.log_history[0]["rewards/margins"] == 0.0

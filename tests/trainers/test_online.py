@@ -808,3 +808,52 @@ def test_another_trl_is_refused_with_a_clear_message(tmp_path, monkeypatch):
     monkeypatch.delattr(RLOOTrainer, "_generate_and_score_completions")
     with pytest.raises(UnsupportedError, match="_generate_and_score_completions.*but it is not there"):
         check_seams(ShareLoraRLOOTrainer)
+
+
+def test_a_subclass_of_ones_own_is_not_taken_for_another_trl():
+    class Mine(ShareLoraRLOOTrainer):
+        def log(self, logs, *args, **kwargs):
+            return super().log(logs, *args, **kwargs)
+
+    check_seams(Mine)
+
+
+@pytest.mark.parametrize("kind", ["resident", "ram"])
+def test_resuming_inside_a_generation_batch_goes_on_with_its_prompts_and_users(tmp_path, kind):
+    """TRL's step count starts anew, the prompts do not: unaligned, the window would be of other users than the rollouts."""
+    cls = TRAINERS["grpo"][:2]
+    rows = prompts_of(users=12, n=24)
+    settings = dict(
+        cls=cls, rows=rows, adapter={"bank": kind}, num_iterations=2, max_steps=7, save_strategy="steps", save_steps=3
+    )
+    make_trainer(tmp_path, **settings).train()
+    resumed = make_trainer(tmp_path, **settings)
+    windows, trained = [], []
+    get_batch_samples, compute_loss = resumed.get_batch_samples, resumed._compute_loss
+
+    def watched_window(*args):
+        result = get_batch_samples(*args)
+        windows.append(set(resumed._window_rows))
+        return result
+
+    def watched_loss(model, inputs):
+        trained.append(set(inputs["user_index"].tolist()))
+        return compute_loss(model, inputs)
+
+    resumed.get_batch_samples, resumed._compute_loss = watched_window, watched_loss
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert len(trained) == 4 and resumed._step == 7
+    assert all(users <= window for users, window in zip(trained, windows, strict=True))
+
+
+def test_a_policy_with_a_critic_goes_on_without_training_it(tmp_path):
+    first = make_trainer(
+        tmp_path / "ppo", cls=(ShareLoraPPOTrainer, ShareLoraPPOConfig), max_steps=1, num_iterations=1
+    )
+    first.train()
+    second = make_trainer(tmp_path / "rloo", model=first.model, max_steps=1)
+    before = {name: p.clone() for name, p in second.model.named_parameters() if "value_head" in name}
+    second.train()
+    assert before and all(torch.equal(before[name], dict(second.model.named_parameters())[name]) for name in before)
+    stepped = {id(p) for group in second.optimizer.param_groups for p in group["params"]}
+    assert not any(id(p) in stepped for name, p in second.model.named_parameters() if "value_head" in name)

@@ -66,6 +66,7 @@ def calibrate(args: Namespace) -> None:
         args.pessimism,
         user_column=args.user_column,
         batch_size=args.batch_size,
+        max_length=args.max_length,
         **loading_arguments(args),
     )
     print(result)

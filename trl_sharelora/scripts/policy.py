@@ -39,13 +39,17 @@ class ShareLoraPolicyScriptArguments(ShareLoraScriptArguments):
         pessimism_coefficient (`float`, *optional*, defaults to `1.0`):
             How many of its widths are taken off.
         pessimism_reference (`str`, *optional*):
-            The column of reference completions.
+            The column of reference completions, or `"sample"`: one completion per prompt by the model the policy starts from.
+        pessimism_parameters, pessimism_form, pessimism_ball, pessimism_zeta (*optional*):
+            `parameters`, `form`, `ball` and `zeta` of [`~trl_sharelora.rewards.UserReward`].
         reward_unseen (`str`, *optional*, defaults to `"raise"`):
             A user whom the reward model does not know.
         reward_batch_size (`int`, *optional*, defaults to `16`):
             Sequences per forward of the reward model.
         reward_max_length (`int`, *optional*):
             Longer texts lose tokens on the left before they are scored.
+        reward_dtype (`str`, *optional*, defaults to `"float32"`):
+            Of the reward model's base.
         reward_load_in_8bit (`bool`, *optional*, defaults to `False`), reward_load_in_4bit (`bool`, *optional*, defaults to `False`):
             Quantise the reward model's base.
     """
@@ -73,7 +77,27 @@ class ShareLoraPolicyScriptArguments(ShareLoraScriptArguments):
     )
     pessimism_reference: str | None = field(
         default=None,
-        metadata={"help": "Column of reference completions, whose reward is taken off (the paper's mu_ref)."},
+        metadata={
+            "help": "Whose completions' reward is taken off (the paper's mu_ref): a column of the data, or 'sample', drawn from the policy's "
+            "start."
+        },
+    )
+    pessimism_parameters: Literal["last_layer", "own_factor"] | None = field(
+        default=None, metadata={"help": "Features of the ellipsoid; by default those it was fitted with."}
+    )
+    pessimism_form: Literal["std", "worst", "variance"] = field(
+        default="std",
+        metadata={"help": "Of an ensemble: mean less standard deviations, the worst member, or variances."},
+    )
+    pessimism_ball: Literal["sample", "batch"] = field(
+        default="sample",
+        metadata={
+            "help": "Of the ball: each row's own norm (an upper bound), or the paper's norm over a user's rows."
+        },
+    )
+    pessimism_zeta: float | None = field(
+        default=None,
+        metadata={"help": "Of the ball, as printed in (3.4): the radius is its square root. 1 by default."},
     )
     reward_unseen: Literal["raise", "common"] = field(
         default="raise",
@@ -83,11 +107,14 @@ class ShareLoraPolicyScriptArguments(ShareLoraScriptArguments):
     reward_max_length: int | None = field(
         default=None, metadata={"help": "Longer texts lose tokens on the left before they are scored."}
     )
+    reward_dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "Of the reward model's base (float32, as TRL trains it)."}
+    )
     reward_load_in_8bit: bool = field(default=False, metadata={"help": "Quantise the reward model's base to 8 bits."})
     reward_load_in_4bit: bool = field(default=False, metadata={"help": "Quantise the reward model's base to 4 bits."})
 
 
-def make_reward(script_args: ShareLoraPolicyScriptArguments, training_args: Any) -> Any:
+def make_reward(script_args: ShareLoraPolicyScriptArguments, training_args: Any, start: str | None = None) -> Any:
     """The personalised reward that the arguments describe; None if they name none.
 
     Args:
@@ -95,13 +122,15 @@ def make_reward(script_args: ShareLoraPolicyScriptArguments, training_args: Any)
             The `reward_*` and `pessimism*` fields.
         training_args ([`~transformers.TrainingArguments`]):
             Device and user column.
+        start (`str`, *optional*):
+            What the policy starts from, for `pessimism_reference="sample"`.
 
     Raises:
         PessimismError, ConfigError: see [`~trl_sharelora.rewards.UserReward`].
     """
     from transformers import BitsAndBytesConfig
 
-    from ..rewards import UserReward
+    from ..rewards import SampledReferences, UserReward
 
     paths = script_args.reward_model_name_or_path
     if not paths:
@@ -111,11 +140,21 @@ def make_reward(script_args: ShareLoraPolicyScriptArguments, training_args: Any)
         quantization_config = BitsAndBytesConfig(
             load_in_8bit=script_args.reward_load_in_8bit, load_in_4bit=script_args.reward_load_in_4bit
         )
+    reference: Any = script_args.pessimism_reference
+    if reference == "sample":
+        reference = SampledReferences(
+            start, max_new_tokens=getattr(training_args, "max_completion_length", None) or 256
+        )
     return UserReward(
         paths[0] if len(paths) == 1 else paths,
         pessimism=None if script_args.pessimism == "none" else script_args.pessimism,
         pessimism_coefficient=script_args.pessimism_coefficient,
-        reference=script_args.pessimism_reference,
+        reference=reference,
+        parameters=script_args.pessimism_parameters,
+        form=script_args.pessimism_form,
+        ball=script_args.pessimism_ball,
+        zeta=script_args.pessimism_zeta,
+        model_init_kwargs={"dtype": script_args.reward_dtype},
         unseen=script_args.reward_unseen,
         batch_size=script_args.reward_batch_size,
         max_length=script_args.reward_max_length,
@@ -209,7 +248,7 @@ def train_policy(
 
     set_model_arguments(training_args, model_args)
     train_dataset, eval_dataset = load_datasets(script_args, training_args, dataset_args)
-    reward = make_reward(script_args, training_args)
+    reward = make_reward(script_args, training_args, model_args.model_name_or_path)
     if trainer_class is ShareLoraDPOTrainer:
         if script_args.reward_funcs:
             raise ConfigError("--reward_funcs came; DPO has no rewards. For margins give --reward_model_name_or_path.")

@@ -296,17 +296,19 @@ def main(
 
     train_and_save(trainer, training_args, script_args.dataset_name)
 
-    if script_args.confidence != "none":
-        fit_confidence_of(trainer, script_args.confidence, train_dataset)
-
     if eval_dataset is not None:
         show_users(trainer)
 
     # Finish the trackers and destroy the process group
     trainer.end()
+    # after it: the other processes need not wait for the pass of the first
+    if script_args.confidence != "none":
+        fit_confidence_of(trainer, script_args.confidence, train_dataset, model_args)
 
 
-def fit_confidence_of(trainer: "ShareLoraRewardTrainer", kind: str, train_dataset: Any) -> None:
+def fit_confidence_of(
+    trainer: "ShareLoraRewardTrainer", kind: str, train_dataset: Any, model_args: ModelConfig
+) -> None:
     """Fit the confidence sets of a trained model to its training data, beside the saved adapter; on the main process.
 
     Args:
@@ -316,8 +318,11 @@ def fit_confidence_of(trainer: "ShareLoraRewardTrainer", kind: str, train_datase
             `"ellipsoid"` or `"heads"`.
         train_dataset ([`~datasets.Dataset`]):
             The comparisons it was trained on.
+        model_args ([`~trl.ModelConfig`]):
+            How its base was loaded.
     """
     from datasets import Dataset
+    from trl import get_quantization_config
 
     from ..errors import UnsupportedError
     from ..rewards import fit_confidence
@@ -327,21 +332,29 @@ def fit_confidence_of(trainer: "ShareLoraRewardTrainer", kind: str, train_datase
             "--confidence came with a stream. Fit the sets afterwards, to a file: trl-sharelora confidence --help."
         )
     args = trainer.args
-    if trainer.is_world_process_zero():
-        # of several processes each may hold only a part of the model, or some users' rows
-        whole = trainer.accelerator.num_processes == 1
-        fit_confidence(
-            trainer.model if whole else args.output_dir,
-            train_dataset,
-            trainer.processing_class,
-            kind=kind,
-            user_column=args.user_column,
-            batch_size=args.per_device_eval_batch_size,
-            max_length=args.max_length,
-            output_dir=args.output_dir,
-        )
-        print(f"Confidence sets ({kind}) of {len(trainer.users)} users saved to {args.output_dir}/confidence.")
-    trainer.accelerator.wait_for_everyone()
+    if not trainer.is_world_process_zero():
+        return
+    # sharded by FSDP or by owner, this process has only a part of the model or some users' rows
+    partial = trainer.is_fsdp_enabled or (args.user_sharding == "owner" and args.world_size > 1)
+    loading: dict[str, Any] = {}
+    if partial:
+        loading = {
+            "quantization_config": get_quantization_config(model_args),
+            "model_init_kwargs": {"dtype": model_args.dtype},
+            "device": args.device,
+        }
+    fit_confidence(
+        args.output_dir if partial else trainer.accelerator.unwrap_model(trainer.model),
+        train_dataset,
+        trainer.processing_class,
+        kind=kind,
+        user_column=args.user_column,
+        batch_size=args.per_device_eval_batch_size,
+        max_length=args.max_length,
+        output_dir=args.output_dir,
+        **loading,
+    )
+    print(f"Confidence sets ({kind}) of {len(trainer.users)} users saved to {args.output_dir}/confidence.")
 
 
 def show_users(trainer: "ShareLoraRewardTrainer") -> None:

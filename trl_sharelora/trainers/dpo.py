@@ -221,8 +221,10 @@ class ShareLoraDPOTrainer(PreferencePairsMixin, DPOTrainer):
     def _with_margins(self, dataset: Any, user_column: str, name: str) -> Dataset:
         """Preference rows with the reward margin that each pair is to keep."""
         pairs = dataset if "prompt" in dataset.column_names else dataset.map(extract_prompt)
+        template = [name for name in ("tools", "chat_template_kwargs") if name in pairs.column_names]
         margins = self.reward.margins(
-            *(column_of(pairs, column) for column in ("prompt", "chosen", "rejected", user_column))
+            *(column_of(pairs, column) for column in ("prompt", "chosen", "rejected", user_column)),
+            **{name: column_of(pairs, name) for name in template},
         )  # (rows,)
         logger.info(
             "Reward margins of the %s dataset: mean %.3f; %d of %d pairs have a lower end below 0 and get none.",

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import nn
+from transformers import TrainerCallback
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from ..data import check_prompt_row, check_prompt_rows
@@ -57,6 +58,21 @@ def _raise_not_finite(name: str, places: Sequence[int], user_ids: Sequence[Any])
         f"generation batch, users {', '.join(map(repr, users[:10]))}); stopped before anything was updated. Look at the reward model "
         "for these users; a function that does not apply to a completion returns None."
     )
+
+
+class _AlignRollouts(TrainerCallback):
+    """TRL counts its steps from 0 after a resume, while the prompts go on where they were.
+
+    Unless the checkpoint lay at the end of a generation batch, it would then train on one batch and be handed another one's prompts for
+    the rest of the run, and with them other users.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._step = state.global_step * args.gradient_accumulation_steps
+        self.trainer._buffered_inputs = None  # of another training
 
 
 class OnlinePolicyMixin(UserBatchesMixin):
@@ -143,8 +159,6 @@ class OnlinePolicyMixin(UserBatchesMixin):
                     "A dataset with images came; personal policies are made and tested for text. Take the column out."
                 )
         config = self._prepare_users(model, args, train_dataset, peft_config, users)
-        if isinstance(model, PeftModel) and "ref" in model.peft_config:
-            model.delete_adapter("ref")  # of an earlier training; the reference of this one is the policy as it is now
         named = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
         for name, dataset in named.items():
             if isinstance(dataset, Dataset):
@@ -236,6 +250,7 @@ class OnlinePolicyMixin(UserBatchesMixin):
         """After the parent's constructor."""
         # per mode: (user_index, reward) of each generation batch since the last log, of all ranks
         self._rewards: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {"train": [], "eval": []}
+        self.add_callback(_AlignRollouts(self))
         self._start_routing()
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):

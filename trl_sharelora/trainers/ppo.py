@@ -266,6 +266,7 @@ class ShareLoraPPOTrainer(OnlinePolicyMixin, GRPOTrainer):
     _name = "PPO"
     _paper = {"title": "Proximal Policy Optimization Algorithms", "id": "1707.06347"}
     _card_usage = POLICY_CARD
+    _trains_critic = True
 
     def __init__(
         self,

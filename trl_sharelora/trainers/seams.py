@@ -22,12 +22,14 @@ def check_seams(trainer: type) -> None:
         UnsupportedError: TRL's method is not there or takes other parameters; names the method, both lists and the versions.
     """
     ours = [cls for cls in trainer.__mro__ if cls.__module__.startswith(__package__)]
+    # a user's own subclass comes before them, TRL's trainer after
+    parents = trainer.__mro__[trainer.__mro__.index(ours[-1]) + 1 :]
     for owner in ours:
         for name, expected in vars(owner).get("_seams", {}).items():
-            parent = next((cls for cls in trainer.__mro__ if cls not in ours and name in vars(cls)), None)
+            parent = next((cls for cls in parents if name in vars(cls)), None)
             found = None
             if parent is not None:
-                parameters = list(inspect.signature(getattr(parent, name)).parameters.values())[1:]
+                parameters = list(inspect.signature(vars(parent)[name]).parameters.values())[1:]
                 found = [parameter.name for parameter in parameters]
                 if {parameter.kind for parameter in parameters} == {
                     inspect.Parameter.VAR_POSITIONAL,

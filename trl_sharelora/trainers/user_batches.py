@@ -31,6 +31,7 @@ from ..errors import (
 )
 from ..sharelora.bank import ResidentBank, WorkingSet, runs_of
 from ..sharelora.config import ShareLoraConfig
+from ..sharelora.model import VALUE_HEAD
 from ..sharelora.optimizer import ShareLoraAdamW
 from ..sharelora.routing import get_router
 from ..sharelora.store import BANK_FOLDER, WORKING_FOLDER, remove_unnamed
@@ -90,6 +91,7 @@ class UserBatchesMixin:
     # the kind of rows: how a data set, and one row of a stream, are checked before anything is trained on them
     _check_rows: Callable[[Dataset, str, str], None]
     _check_row: Callable[..., None]
+    _trains_critic = False
     # whether the next window's users are fetched while this one computes
     _reads_ahead = True
     # what the model card says under "Quick start"
@@ -124,6 +126,10 @@ class UserBatchesMixin:
             peft_config.set_users(self.users)
         self._learned: dict[str, torch.Tensor] = {}
         if isinstance(model, PeftModel):
+            if "ref" in model.peft_config:
+                model.delete_adapter(
+                    "ref"
+                )  # of an earlier training; the reference of this one is the policy as it is now
             model.base_model.grow_users()
             # TRL casts the trainable weights of a quantised base to bf16; what an adapter has learned is put back afterwards
             self._learned = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -386,6 +392,12 @@ class UserBatchesMixin:
         if self.optimizer is None:
             model = self.model if model is None else model
             args = self.args
+            if not self._trains_critic:
+                for name, parameter in model.named_parameters():
+                    if (
+                        f"{VALUE_HEAD}." in name
+                    ):  # of a PPO before this: without a loss, DDP would wait for its gradient
+                        parameter.requires_grad_(False)
             trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
             banks = {id(module.weight) for module in model.modules() if isinstance(module, ResidentBank)}
             decayed = set(self.get_decay_parameter_names(model))
