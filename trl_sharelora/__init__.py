@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .export import export_user
     from .forget import forget_user
     from .new_users import add_users
-    from .rewards import RewardEstimate, UserReward, add_comparisons, fit_confidence
+    from .rewards import RewardEstimate, SampledReferences, UserReward, add_comparisons, fit_confidence
     from .trainers.dpo import ShareLoraDPOConfig, ShareLoraDPOTrainer
     from .trainers.grpo import ShareLoraGRPOConfig, ShareLoraGRPOTrainer
     from .trainers.ppo import ShareLoraPPOConfig, ShareLoraPPOTrainer
@@ -36,6 +36,7 @@ _LAZY = {
     "export_user": ".export",
     "forget_user": ".forget",
     "RewardEstimate": ".rewards",
+    "SampledReferences": ".rewards",
     "UserReward": ".rewards",
     "add_comparisons": ".rewards",
     "fit_confidence": ".rewards",
@@ -55,6 +56,7 @@ __all__ = [
     "Calibration",
     "PerUserResult",
     "RewardEstimate",
+    "SampledReferences",
     "ShareLoraConfig",
     "ShareLoraDPOConfig",
     "ShareLoraDPOTrainer",

@@ -69,7 +69,7 @@ class RewardEstimate(NamedTuple):
         std (`torch.Tensor` of shape `(n,)`):
             The width of the set in the direction of the row: a standard deviation (ellipsoid, ensemble) or radius
             times norm of the gradient (ball); for an ensemble of the form `"variance"`, the variance. Zero without
-            pessimism.
+            pessimism. (For the form `"worst"` a call of the reward gives the least member, which no coefficient makes of this.)
     """
 
     mean: torch.Tensor
@@ -848,7 +848,8 @@ class UserReward:
                 came = ", ".join(map(repr, columns)) or "none"
                 raise PessimismError(
                     f"reference={self.reference!r} names no column; those that came are: {came}. Name the one with the reference "
-                    "completions, or give a function (prompts, user_ids) -> completions."
+                    "completions, or give a function (prompts, user_ids) -> completions. (TRL keeps 'prompt', 'completion' and "
+                    "'completion_ids' to itself: call the column something else.)"
                 )
             found = columns[self.reference]
         else:
@@ -1301,7 +1302,8 @@ def add_comparisons(
 ) -> EllipsoidSets:
     """Count new comparisons of some users, without a pass over the others'; a user's ellipsoid never widens by it.
 
-    The model stays as it is. Users who were added after [`fit_confidence`] get their first.
+    The model stays as it is. Users who were added after [`fit_confidence`] get their first. Nothing remembers which comparisons were
+    counted: the same ones again would be counted twice.
 
     Args:
         model_or_path ([`~peft.PeftModel`], `str` or `os.PathLike`):
