@@ -42,11 +42,12 @@ from scipy.special import gammaln
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
 
 from trl_sharelora import ShareLoraConfig, ShareLoraRewardConfig, ShareLoraRewardTrainer, evaluate_users
+from trl_sharelora.confidence import fit_confidence
 from trl_sharelora.data import tokenize_completion, tokenize_preference
 from trl_sharelora.demo.base_model import EOS, make_model, make_tokenizer
 from trl_sharelora.evaluation import calibrate, width_calibration
 from trl_sharelora.pessimism import ensemble_estimate, ensemble_lower_bound
-from trl_sharelora.rewards import UserReward, fit_confidence
+from trl_sharelora.rewards import UserReward
 from trl_sharelora.sharelora.routing import use_users
 from trl_sharelora.trainers.rloo import ShareLoraRLOOConfig, ShareLoraRLOOTrainer
 

@@ -258,3 +258,17 @@ def test_over_optimisation_prints_table_and_verdict(overoptimisation, tmp_path, 
     assert len(content["verdicts"]) == 4 and len(content["proxies"]) == 2
     lines = pandas.read_csv(tmp_path / "picture.csv")
     assert set(lines["seed"]) == {0, 1} and set(lines["comparisons"]) == {4, 8}
+
+
+def test_policy_steps_and_pessimistic_scoring(step_time, monkeypatch):
+    import policy_step
+
+    monkeypatch.setattr(policy_step, "policy", lambda whole=policy_step.policy: whole(1, 64))
+    for method, rows in (("dpo", 2), ("rloo", 8), ("grpo", 8)):
+        lines = policy_step.step(method, users=2, rows=rows, tokens=3, rounds=1)
+        check(lines, 2)
+        assert all(line["asked"] == 1.05 and method in line["case"] for line in lines)
+    check(policy_step.score(rounds=1, users=5, comparisons=3, rows=4, tokens=3), 1)
+    # texts are words, each a token: else both sides would be measured on next to nothing
+    words = policy_step.words(5, torch.Generator().manual_seed(0))
+    assert len(policy_step.tokenizer()(words)["input_ids"]) == 5

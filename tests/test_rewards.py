@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from trl_sharelora import ShareLoraConfig, use_users
+from trl_sharelora.confidence import add_comparisons, fit_confidence
 from trl_sharelora.data import tokenize_preference
 from trl_sharelora.errors import (
     ConfigError,
@@ -28,14 +29,8 @@ from trl_sharelora.errors import (
 from trl_sharelora.evaluation import calibrate, evaluate_users
 from trl_sharelora.forget import forget_user
 from trl_sharelora.new_users import add_users
-from trl_sharelora.rewards import (
-    CountSketch,
-    SampledReferences,
-    UserReward,
-    add_comparisons,
-    fit_confidence,
-    load_reward_model,
-)
+from trl_sharelora.rewards import SampledReferences, UserReward
+from trl_sharelora.scoring import CountSketch, load_reward_model
 from trl_sharelora.sharelora import ShareLoraLayer, get_router
 
 

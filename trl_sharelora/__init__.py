@@ -14,11 +14,12 @@ from .users import UserRegistry
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .confidence import add_comparisons, fit_confidence
     from .evaluation import Calibration, PerUserResult, calibrate, evaluate_users
     from .export import export_user
     from .forget import forget_user
     from .new_users import add_users
-    from .rewards import RewardEstimate, SampledReferences, UserReward, add_comparisons, fit_confidence
+    from .rewards import RewardEstimate, SampledReferences, UserReward
     from .trainers.dpo import ShareLoraDPOConfig, ShareLoraDPOTrainer
     from .trainers.grpo import ShareLoraGRPOConfig, ShareLoraGRPOTrainer
     from .trainers.ppo import ShareLoraPPOConfig, ShareLoraPPOTrainer
@@ -38,8 +39,8 @@ _LAZY = {
     "RewardEstimate": ".rewards",
     "SampledReferences": ".rewards",
     "UserReward": ".rewards",
-    "add_comparisons": ".rewards",
-    "fit_confidence": ".rewards",
+    "add_comparisons": ".confidence",
+    "fit_confidence": ".confidence",
     "ShareLoraDPOConfig": ".trainers.dpo",
     "ShareLoraDPOTrainer": ".trainers.dpo",
     "ShareLoraGRPOConfig": ".trainers.grpo",

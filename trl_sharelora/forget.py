@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from .confidence import forget_in_confidence
 from .errors import AdapterMismatchError, UnknownUserError
 from .export import WEIGHTS_FILE
-from .rewards import forget_in_confidence
 from .sharelora.config import PERSONAL_FACTOR, ShareLoraConfig
 from .sharelora.store import BANK_FOLDER, clear_working_folders, erase_row
 from .users import USERS_FILE, UserRegistry

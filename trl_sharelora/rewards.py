@@ -3,61 +3,45 @@
 [`UserReward`] scores (prompt, completion, user) with a saved reward model. With `pessimism` it returns the lower end
 of a confidence set in place of the estimate: Algorithm 1 of P-ShareLoRA (https://huggingface.co/papers/2503.19201),
 (3.4) and (3.5), or one of the sets that measure what the data cover. The arithmetic of the sets is in pessimism.py;
-here is what connects them with a model: tokens, features, gradients, files.
+scoring.py reads what they need off a model,
+confidence.py fits and keeps them.
 """
 
 import copy
-import hashlib
 import json
 import logging
 import os
-import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from datasets import Dataset
-from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftModel
-from peft.utils.other import ModulesToSaveWrapper
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import nn
+from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .data import check_preference_rows, tokenize_completion, tokenize_preference
-from .errors import ConfigError, DataError, NonFiniteError, PessimismError, UnknownUserError, UserIdError, some_rows
-from .evaluation import _check_model
+from .confidence import PARAMETERS, load_sets
+from .data import tokenize_completion, tokenize_preference
+from .errors import ConfigError, DataError, NonFiniteError, PessimismError, UnknownUserError, some_rows
 from .pessimism import (
-    EllipsoidBuilder,
     EllipsoidSets,
     ball_norm,
     ball_radius,
-    bootstrap_heads,
     ensemble_estimate,
     ensemble_lower_bound,
     lower_bound,
 )
-from .sharelora.bank import SlotBank
-from .sharelora.config import PERSONAL_FACTOR, ShareLoraConfig
-from .sharelora.layer import ShareLoraLayer
+from .scoring import SKETCH_SIZE, CountSketch, Scorer, check_known, default_device, load_reward_model, read_config
+from .sharelora.config import ShareLoraConfig
 from .sharelora.routing import UNSEEN, use_users
-from .users import UserRegistry, user_id_as_text
+from .users import user_id_as_text
 
 
 logger = logging.getLogger(__name__)
 
 PESSIMISMS = (None, "ball", "ellipsoid", "ensemble")
 FORMS = ("std", "worst", "variance")
-PARAMETERS = ("last_layer", "own_factor")
 BALLS = ("sample", "batch")
-KINDS = ("ellipsoid", "heads")
-CONFIDENCE_FOLDER = "confidence"
-VERSION = 1
-# Numbers that the gradient with respect to a user's factor is reduced to. An inner product of two gradients is kept with a standard
-# deviation of at most sqrt(2 / 1024) = 4 % of the product of their lengths (Charikar et al., 2002).
-SKETCH_SIZE = 1024
 
 
 class RewardEstimate(NamedTuple):
@@ -74,361 +58,6 @@ class RewardEstimate(NamedTuple):
 
     mean: torch.Tensor
     std: torch.Tensor
-
-
-# -- the model ----------------------------------------------------------------------------------------------------------
-
-
-class _Scorer:
-    """A reward model with ShareLoRA adapters, and what is read off it: rewards, features, gradients."""
-
-    def __init__(self, model: PeftModel, processing_class: Any, batch_size: int):
-        config = model.peft_config.get(model.active_adapter) if isinstance(model, PeftModel) else None
-        if not isinstance(config, ShareLoraConfig):
-            kind = type(model).__name__ if config is None else f"a model with a {type(config).__name__}"
-            raise ConfigError(
-                f"{kind} came as the reward model; a PeftModel with a ShareLoRA adapter, or the directory of a saved one, is needed. Train "
-                "one with ShareLoraRewardTrainer (or `trl-sharelora reward`). A reward that is the same for all users needs no "
-                "UserReward: give the model itself to the trainer."
-            )
-        _check_task(config, "the model")
-        if processing_class is None:
-            raise ConfigError(
-                "The model came without its tokenizer; give processing_class=tokenizer. (It is found by itself in the directory of a "
-                "saved reward model.)"
-            )
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ConfigError(f"batch_size={batch_size!r} came; a whole number of at least 1 is needed.")
-        _check_model(model, processing_class)
-        self.model = model
-        self.processing_class = processing_class
-        self.batch_size = batch_size
-        self.adapter: str = model.active_adapter
-        self.config = config
-        self.users: UserRegistry = config.users
-        self.layers = [
-            module
-            for module in model.modules()
-            if isinstance(module, ShareLoraLayer) and self.adapter in module.sharelora_A
-        ]
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    @property
-    def positions(self) -> int | None:
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-
-    def head(self) -> nn.Linear:
-        """The linear layer whose output is the reward."""
-        for module in self.model.modules():
-            if isinstance(module, ModulesToSaveWrapper) and self.adapter in module.modules_to_save:
-                linear = [
-                    part for part in module.modules_to_save[self.adapter].modules() if isinstance(part, nn.Linear)
-                ]
-                if linear and linear[-1].out_features == 1:
-                    return linear[-1]
-        raise ConfigError(
-            f"{type(self.model.get_base_model()).__name__} has no linear score head with one output among its saved "
-            "modules, so there are no last-layer features. Use pessimism='ball', an ensemble of models, or parameters='own_factor'."
-        )
-
-    # -- forwards
-
-    def fingerprint(self) -> str:
-        """A digest of what all users share: the factors and the head. They are float32 however the base is loaded."""
-        personal = f"sharelora_{PERSONAL_FACTOR[self.config.share]}."
-        digest = hashlib.sha256()
-        for key, parameter in sorted(self.model.named_parameters()):
-            ours = ".sharelora_" in key or ".modules_to_save." in key
-            if ours and f".{self.adapter}." in key and personal not in key:
-                digest.update(key.encode())
-                digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
-
-    @contextmanager
-    def scoring(self) -> Iterator[None]:
-        """The model in eval mode and frozen; all is put back after.
-
-        Frozen, because a gradient with respect to the layers' outputs would otherwise also be added to the rows of
-        users that are held in a store.
-        """
-        modes = [(module, module.training) for module in self.model.modules()]
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        banks = [module for module in self.model.modules() if isinstance(module, SlotBank) and module.trainable]
-        self.model.eval()
-        try:
-            for part in (*trained, *banks):
-                part.requires_grad_(False)
-            yield
-        finally:
-            for part in (*trained, *banks):
-                part.requires_grad_(True)
-            for module, mode in modes:
-                module.training = mode
-
-    def batches(self, sequences: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-        """Rows of a length together, the longest first, so that memory runs out at once."""
-        order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]), reverse=True)
-        for start in range(0, len(order), self.batch_size):
-            yield order[start : start + self.batch_size]
-
-    def forward(self, sequences: Sequence[Sequence[int]], index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rewards `(rows,)` in float32 and the padded ids `(rows, seq)`, on the model's device."""
-        rows = [torch.tensor(sequence) for sequence in sequences]
-        pad = self.processing_class.pad_token_id
-        input_ids = nn.utils.rnn.pad_sequence(rows, True, pad).to(self.device)
-        lengths = torch.tensor([len(row) for row in rows])
-        mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long().to(self.device)
-        unseen = "common" if bool((index < 0).any()) else "raise"
-        with use_users(self.model, index.to(self.device), unseen=unseen):
-            outputs = self.model(input_ids=input_ids, attention_mask=mask, use_cache=False)
-        return outputs.logits.squeeze(-1).float(), input_ids
-
-    @torch.no_grad()
-    def rewards(self, sequences: Sequence[Sequence[int]], index: torch.Tensor) -> torch.Tensor:
-        """`(rows,)`."""
-        found = torch.empty(len(sequences), device=self.device)
-        with self.scoring():
-            for part in self.batches(sequences):
-                found[part] = self.forward([sequences[row] for row in part], index[part])[0]
-        return found
-
-    def rewards_and_features(
-        self,
-        sequences: Sequence[Sequence[int]],
-        index: torch.Tensor,
-        parameters: str,
-        sketch: "CountSketch | None" = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(rows,)` and `(rows, d)`."""
-        rewards, features = [], []
-        order = []
-        with self.scoring():
-            for part in self.batches(sequences):
-                some = [sequences[row] for row in part]
-                if parameters == "last_layer":
-                    reward, feature = self._last_layer(some, index[part])
-                else:
-                    assert sketch is not None
-                    reward, inputs, gradients = self.gradients(some, index[part])
-                    feature = sketch(self._own_gradients(inputs, gradients))
-                rewards.append(reward)
-                features.append(feature)
-                order += part
-        back = torch.tensor(order).argsort().to(self.device)
-        return torch.cat(rewards)[back], torch.cat(features)[back]
-
-    @torch.no_grad()
-    def _last_layer(
-        self, sequences: Sequence[Sequence[int]], index: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rewards and what the score head sees where they are read."""
-        head = self.head()
-        seen: list[torch.Tensor] = []
-        hook = head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-        try:
-            rewards, input_ids = self.forward(sequences, index)
-        finally:
-            hook.remove()
-        hidden = seen[-1].float()  # (rows, seq, d), or (rows, d) of a model that pools first
-        if hidden.ndim == 3:
-            # as transformers pools: the rightmost token that is not the pad token, which may be the end token too
-            places = torch.arange(input_ids.shape[1], device=input_ids.device)
-            last = (places * (input_ids != self.processing_class.pad_token_id)).argmax(-1)
-            hidden = hidden[torch.arange(len(hidden), device=hidden.device), last.to(hidden.device)]
-        # TF32 products err by 2^-11 of the sum of magnitudes
-        slack = 1e-3 * (hidden.abs() @ head.weight.float().abs().squeeze(0)) + 1e-6
-        away = (head(hidden).squeeze(-1) - rewards).abs()
-        if bool((away > slack).any()):
-            raise PessimismError(
-                f"{type(self.model.get_base_model()).__name__} does not read its reward off the last token that is not "
-                f"padding (the head gives another reward there, by up to {float(away.max()):.3g}), so its last-layer features are unknown. Use "
-                "pessimism='ball', an ensemble of models, or parameters='own_factor'."
-            )
-        return rewards, hidden
-
-    def gradients(
-        self, sequences: Sequence[Sequence[int]], index: torch.Tensor
-    ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
-        """Rewards; per ShareLoRA layer its input `(rows, seq, in)` and the gradient at its output `(rows, seq, out)`.
-
-        The gradient of a row's reward with respect to the layer's effective update is `sum_t gradient_t input_t'`. It
-        is taken at a zero that is added to the output: the layer writes into its output in place, and frozen weights
-        give a graph no start.
-        """
-        inputs: dict[nn.Module, list[torch.Tensor]] = {layer: [] for layer in self.layers}
-        zeros: dict[nn.Module, list[torch.Tensor]] = {layer: [] for layer in self.layers}
-
-        def hook(layer: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-            zero = torch.zeros_like(output, requires_grad=True)
-            inputs[layer].append(args[0].detach())
-            zeros[layer].append(zero)
-            return output + zero
-
-        hooks = [layer.register_forward_hook(hook) for layer in self.layers]
-        try:
-            # also inside somebody's inference mode, whose tensors could not be differentiated
-            with torch.inference_mode(False), torch.enable_grad():
-                rewards, _ = self.forward(sequences, index)
-                flat = [zero for layer in self.layers for zero in zeros[layer]]
-                found = iter(torch.autograd.grad(rewards.sum(), flat, allow_unused=True, materialize_grads=True))
-        finally:
-            for handle in hooks:
-                handle.remove()
-
-        def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-            # a layer that is used several times in a forward: more places of one sum
-            return torch.cat([part.reshape(len(part), -1, part.shape[-1]) for part in parts], 1)
-
-        used = [layer for layer in self.layers if inputs[layer]]
-        gradients = [joined([next(found) for _ in zeros[layer]]) for layer in used]
-        return rewards.detach(), [joined(inputs[layer]) for layer in used], gradients
-
-    def _own_gradients(self, inputs: list[torch.Tensor], gradients: list[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """Per layer the gradient of each row's reward with respect to its user's own factor, `(rows, entries)`."""
-        for layer, x, gradient in zip(self.layers, inputs, gradients, strict=True):
-            share, scaling = self.config.share, layer.scaling[self.adapter]
-            right, left = x.float(), gradient.float()
-            if share != "B":
-                right = right @ layer.sharelora_A[self.adapter].weight.float().mT
-            if share != "A":
-                left = left @ layer.sharelora_B[self.adapter].weight.float()
-            if share == "diagonal":
-                yield scaling * (left * right).sum(1)
-            else:
-                yield scaling * torch.bmm(left.mT, right).flatten(1)
-
-
-class CountSketch:
-    """Reduces long vectors to `size` numbers and keeps inner products on average.
-
-    Each entry goes to one place with a random sign: `(S x)_j = sum over i with h(i) = j of s(i) x_i`, h and s from a hash of the entry's number (splitmix64), so that
-    nothing is stored and a saved set fits again (Charikar, Chen and Farach-Colton, 2002, "Finding frequent items in
-    data streams").
-
-    Args:
-        size (`int`, *optional*, defaults to 1024):
-            Numbers left.
-        seed (`int`, *optional*, defaults to 0):
-            Of the hash.
-    """
-
-    def __init__(self, size: int = SKETCH_SIZE, seed: int = 0):
-        self.size, self.seed = size, seed
-
-    def __call__(self, parts: Iterator[torch.Tensor]) -> torch.Tensor:
-        """Parts `(rows, n_k)` of a long vector per row -> `(rows, size)`."""
-        total: torch.Tensor | None = None
-        start = 0
-        for part in parts:
-            numbers = torch.arange(start, start + part.shape[1], device=part.device)
-            hashed = self._hash(numbers)
-            sign = 1.0 - 2.0 * (hashed & 1)
-            if total is None:
-                total = part.new_zeros(len(part), self.size)
-            total.index_add_(1, (hashed >> 1 & 0x7FFFFFFF) % self.size, part * sign.to(part.dtype))
-            start += part.shape[1]
-        assert total is not None
-        return total
-
-    def _hash(self, numbers: torch.Tensor) -> torch.Tensor:
-        def signed(number: int) -> int:
-            number %= 1 << 64
-            return number - (1 << 64) if number >> 63 else number
-
-        def shifted(value: torch.Tensor, bits: int) -> torch.Tensor:
-            return value >> bits & (1 << (64 - bits)) - 1  # >> of int64 brings the sign along
-
-        golden = 0x9E3779B97F4A7C15
-        value = numbers * signed(golden) + signed((2 * self.seed + 1) * golden**2)
-        value = (value ^ shifted(value, 30)) * signed(0xBF58476D1CE4E5B9)
-        value = (value ^ shifted(value, 27)) * signed(0x94D049BB133111EB)
-        return value ^ shifted(value, 31)
-
-
-def _check_task(config: ShareLoraConfig, where: str) -> None:
-    task = str(config.task_type or "").split(".")[-1]
-    if task != "SEQ_CLS":
-        raise ConfigError(
-            f"The ShareLoRA adapter of {where} has task_type={task or None!r}, so it is no reward model (a policy has 'CAUSAL_LM'); "
-            "'SEQ_CLS' is needed. Give the output_dir of a ShareLoraRewardTrainer."
-        )
-
-
-def _read_config(path: str) -> ShareLoraConfig:
-    """The configuration of a saved reward adapter; says what is there instead."""
-    folder = Path(path)
-    if folder.is_dir() and not (folder / "adapter_config.json").is_file():
-        what = "a whole model" if (folder / "config.json").is_file() else "no adapter"
-        raise ConfigError(
-            f"There is no adapter_config.json in {path!r} ({what}); give the output_dir of a ShareLoraRewardTrainer (or one of its "
-            "checkpoints)."
-        )
-    try:
-        config = ShareLoraConfig.from_pretrained(path)
-    except (ConfigError, UserIdError):
-        raise  # a plain LoRA, or torn
-    except (ValueError, OSError, TypeError) as error:
-        raise ConfigError(
-            f"No ShareLoRA adapter can be read from {path!r}, neither as a directory (looked for in {Path.cwd()}) nor from the hub: "
-            f"{error}"
-        ) from error
-    _check_task(config, repr(path))
-    return config
-
-
-def default_device() -> torch.device:
-    """This process's accelerator, or the CPU."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if accelerator is None:
-        return torch.device("cpu")
-    # before an Accelerator is made, every process's current device is the first one
-    return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", torch.accelerator.current_device_index())))
-
-
-def load_reward_model(
-    path: str | os.PathLike,
-    processing_class: Any = None,
-    *,
-    quantization_config: Any = None,
-    model_init_kwargs: dict[str, Any] | None = None,
-    device: torch.device | str | None = None,
-) -> tuple[PeftModel, Any]:
-    """A saved reward adapter on its base, frozen, and its tokenizer.
-
-    Args:
-        path (`str` or `os.PathLike`):
-            The adapter's directory or hub id, as the reward trainer saved it.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            By default the tokenizer saved beside the adapter.
-        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
-            For an 8-bit or 4-bit base.
-        model_init_kwargs (`dict`, *optional*):
-            For the base's `from_pretrained`. Without `dtype` it is loaded in float32, as TRL's trainers do.
-        device (`torch.device` or `str`, *optional*):
-            By default this process's accelerator, or the CPU.
-
-    Raises:
-        ConfigError: There is no ShareLoRA reward adapter.
-    """
-    path = os.fspath(path)
-    _read_config(path)
-    device = default_device() if device is None else device
-    tokenizer = AutoTokenizer.from_pretrained(path) if processing_class is None else processing_class
-    model = AutoPeftModelForSequenceClassification.from_pretrained(
-        path,
-        num_labels=1,
-        quantization_config=quantization_config,
-        **{"dtype": "float32", "device_map": {"": device}, **(model_init_kwargs or {})},
-    )
-    # as the trainer did: a decoder's reward is read at the last token that is not padding
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer
-
-
-# -- the callable ---------------------------------------------------------------------------------------------------------
 
 
 class UserReward:
@@ -546,7 +175,7 @@ class UserReward:
             ("ball", ball, BALLS),
             ("unseen", unseen, UNSEEN),
         ):
-            _check_known(name, value, known)
+            check_known(name, value, known)
         lower_bound(torch.zeros(1), torch.zeros(1), pessimism_coefficient)  # refuses what is no coefficient
         if zeta is not None and pessimism != "ball":
             raise ConfigError(f"zeta={zeta} is the size of the ball; it needs pessimism='ball', not {pessimism!r}.")
@@ -588,7 +217,7 @@ class UserReward:
             model, processing_class = load_reward_model(path, processing_class, **loading)
         else:
             model = model_or_path
-        self.scorer = _Scorer(model, processing_class, batch_size)
+        self.scorer = Scorer(model, processing_class, batch_size)
         self.sketch: CountSketch | None = None
         if pessimism in ("ellipsoid", "ensemble") and not self.members:
             kind = "ellipsoid" if pessimism == "ellipsoid" else "heads"
@@ -598,7 +227,7 @@ class UserReward:
                 "sketch_seed": 0,
             }
             if self.sets is None:
-                self.sets, settings = _load_sets(path, kind, self.scorer)
+                self.sets, settings = load_sets(path, kind, self.scorer)
             parameters = parameters or settings["parameters"]
             if kind == "ellipsoid" and settings["parameters"] != parameters:
                 raise PessimismError(
@@ -1132,11 +761,6 @@ class _Rows(NamedTuple):
             yield batch
 
 
-def _check_known(name: str, value: Any, known: Sequence[Any]) -> None:
-    if value not in known:
-        raise ConfigError(f"{name}={value!r} is unknown; one of {', '.join(map(repr, known))} is needed.")
-
-
 def _is_text(value: Any) -> bool:
     """Text, or a list of messages (an empty one too)."""
     return isinstance(value, str) or (
@@ -1170,7 +794,7 @@ def _load_members(
             f"{len(folders)} models came with pessimism={pessimism!r}; an ensemble (pessimism='ensemble') has 2 or more, everything else "
             "one. Train the same model with several seeds."
         )
-    configs = [_read_config(folder) for folder in folders]
+    configs = [read_config(folder) for folder in folders]
     for folder, config in zip(folders[1:], configs[1:], strict=True):
         same_base = config.base_model_name_or_path == configs[0].base_model_name_or_path
         if not same_base or config.users != configs[0].users:
@@ -1185,321 +809,3 @@ def _load_members(
         names.append(f"member{number}")
         model.load_adapter(folder, adapter_name=names[-1], torch_device=str(model.device))
     return model, processing_class, names
-
-
-# -- the sets -------------------------------------------------------------------------------------------------------------
-
-
-def fit_confidence(
-    model_or_path: PeftModel | str | os.PathLike,
-    dataset: Dataset,
-    processing_class: Any = None,
-    kind: str = "ellipsoid",
-    *,
-    user_column: str = "user_id",
-    batch_size: int = 16,
-    max_length: int | None = None,
-    ridge: float | None = None,
-    pooled_discount: float | None = None,
-    members: int = 5,
-    seed: int = 0,
-    parameters: str = "last_layer",
-    save: bool = True,
-    output_dir: str | os.PathLike | None = None,
-    **loading: Any,
-) -> EllipsoidSets | torch.Tensor:
-    """What the training comparisons have told about the reward: one pass over them, kept beside the adapter.
-
-    Run it after training, with the data of the training (`trl-sharelora reward --confidence ellipsoid` does). The
-    features are those of the model as it is now: after more training, run it again.
-
-    Args:
-        model_or_path ([`~peft.PeftModel`], `str` or `os.PathLike`):
-            A ShareLoRA reward model, or where it was saved.
-        dataset ([`~datasets.Dataset`]):
-            The comparisons it was trained on; see [`~trl_sharelora.data.check_preference_rows`].
-        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            The tokenizer; by default the one saved with the adapter.
-        kind (`str`, *optional*, defaults to `"ellipsoid"`):
-            `"ellipsoid"`, or `"heads"`: an ensemble of score heads, each fitted to a bootstrap sample of the
-            comparisons.
-        user_column (`str`, *optional*, defaults to `"user_id"`):
-            The column that names the user.
-        batch_size (`int`, *optional*, defaults to 16):
-            Sequences per forward.
-        max_length (`int`, *optional*):
-            Comparisons with a longer text are left out and counted in the log, as in training.
-        ridge (`float`, *optional*), pooled_discount (`float`, *optional*):
-            Of the ellipsoids (and the ridge of the heads), see [`~trl_sharelora.pessimism.EllipsoidBuilder`]; by
-            default its own.
-        members (`int`, *optional*, defaults to 5):
-            Number of heads; https://huggingface.co/papers/2310.02743 finds 4 to 5 enough.
-        seed (`int`, *optional*, defaults to 0):
-            Of the bootstrap samples.
-        parameters (`str`, *optional*, defaults to `"last_layer"`):
-            Features of the ellipsoids, see [`UserReward`].
-        save (`bool`, *optional*, defaults to `True`):
-            Write the sets into `confidence/` of the adapter's directory. A model in memory needs `output_dir` for that
-            and is not saved without.
-        output_dir (`str` or `os.PathLike`, *optional*):
-            The adapter's directory, if it is not `model_or_path`.
-        **loading:
-            See [`load_reward_model`].
-
-    Returns:
-        [`~trl_sharelora.pessimism.EllipsoidSets`], or `torch.Tensor` `(members, d)` for heads.
-
-    Raises:
-        ConfigError, DataError, UserIdError, UnknownUserError: Before any forward.
-        NonFiniteError: A feature is NaN or infinite; names the users.
-    """
-    _check_known("kind", kind, KINDS)
-    _check_known("parameters", parameters, PARAMETERS)
-    scorer, path = _open(model_or_path, processing_class, batch_size, loading)
-    directory = os.fspath(output_dir) if output_dir is not None else path
-    if save and path is not None and directory is not None and not Path(directory).is_dir():
-        raise ConfigError(
-            f"{directory!r} is no directory here, so nothing can be saved in it; give output_dir=... or save=False."
-        )
-    if kind == "heads" and parameters != "last_layer":
-        raise ConfigError(f"Heads stand on the last layer; parameters={parameters!r} is for kind='ellipsoid'.")
-    settings: dict[str, Any] = {"parameters": parameters, "sketch_size": SKETCH_SIZE, "sketch_seed": 0}
-    chosen_options = {"ridge": ridge, "pooled_discount": pooled_discount}
-    options: dict[str, Any] = {name: value for name, value in chosen_options.items() if value is not None}
-    # index (n,), chosen (n, d), rejected (n, d) of some comparisons at a time
-    pieces = _features_of(scorer, dataset, user_column, max_length, parameters, CountSketch())
-    sets: EllipsoidSets | torch.Tensor
-    if kind == "ellipsoid":
-        size = SKETCH_SIZE if parameters == "own_factor" else scorer.head().in_features
-        builder = EllipsoidBuilder(size, len(scorer.users), **options)
-        for index, chosen, rejected in pieces:
-            builder.add(index, chosen, rejected)
-        sets = builder.finish()
-    else:
-        found = [(index, chosen - rejected) for index, chosen, rejected in pieces]
-        users, differences = (torch.cat(part) for part in zip(*found, strict=True))
-        options.pop("pooled_discount", None)
-        head = scorer.head().weight.detach().float().squeeze(0).cpu()
-        sets = bootstrap_heads(differences, head, members=members, seed=seed, user_index=users, **options)
-        settings |= {"members": members, "seed": seed}
-    if save and directory is not None:
-        _save_sets(directory, kind, sets, settings, scorer)
-    return sets
-
-
-def add_comparisons(
-    model_or_path: PeftModel | str | os.PathLike,
-    dataset: Dataset,
-    processing_class: Any = None,
-    *,
-    sets: EllipsoidSets | None = None,
-    user_column: str = "user_id",
-    batch_size: int = 16,
-    max_length: int | None = None,
-    parameters: str = "last_layer",
-    output_dir: str | os.PathLike | None = None,
-    **loading: Any,
-) -> EllipsoidSets:
-    """Count new comparisons of some users, without a pass over the others'; a user's ellipsoid never widens by it.
-
-    The model stays as it is. Users who were added after [`fit_confidence`] get their first. Nothing remembers which comparisons were
-    counted: the same ones again would be counted twice.
-
-    Args:
-        model_or_path ([`~peft.PeftModel`], `str` or `os.PathLike`):
-            As in [`fit_confidence`]; a saved one's ellipsoids are saved again.
-        dataset ([`~datasets.Dataset`]):
-            The new comparisons only.
-        sets ([`~trl_sharelora.pessimism.EllipsoidSets`], *optional*):
-            Of a model in memory; changed in place. By default those saved with the adapter.
-        parameters (`str`, *optional*, defaults to `"last_layer"`):
-            What `sets` are of; saved ones know.
-        processing_class, user_column, batch_size, max_length, output_dir, **loading:
-            As in [`fit_confidence`].
-
-    Raises:
-        PessimismError: There are no ellipsoids, or those of another adapter.
-    """
-    scorer, path = _open(model_or_path, processing_class, batch_size, loading)
-    directory = os.fspath(output_dir) if output_dir is not None else path
-    settings: dict[str, Any] = {"parameters": parameters, "sketch_size": SKETCH_SIZE, "sketch_seed": 0}
-    if sets is None:
-        sets, settings = _load_sets(directory, "ellipsoid", scorer)
-    assert sets is not None
-    sketch = CountSketch(settings["sketch_size"], settings["sketch_seed"])
-    for index, chosen, rejected in _features_of(
-        scorer, dataset, user_column, max_length, settings["parameters"], sketch
-    ):
-        sets.add_comparisons(index, chosen - rejected)
-    if directory is not None:
-        _save_sets(directory, "ellipsoid", sets, settings, scorer)
-    return sets
-
-
-def _open(
-    model_or_path: Any, processing_class: Any, batch_size: int, loading: dict[str, Any]
-) -> tuple[_Scorer, str | None]:
-    path = None
-    if isinstance(model_or_path, str | os.PathLike):
-        path = os.fspath(model_or_path)
-        model_or_path, processing_class = load_reward_model(path, processing_class, **loading)
-    return _Scorer(model_or_path, processing_class, batch_size), path
-
-
-def _features_of(
-    scorer: _Scorer, dataset: Dataset, user_column: str, max_length: int | None, parameters: str, sketch: CountSketch
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """`(user_index, features of chosen, features of rejected)` on the CPU, some batches of the dataset at a time."""
-    check_preference_rows(dataset, user_column, name="confidence")
-    dataset = dataset.with_format(None)
-    ids = list(map(user_id_as_text, dataset[user_column][:]))
-    all_index = torch.tensor(scorer.users.index(ids))
-    step = 32 * scorer.batch_size  # enough to put rows of a length together
-    dropped = 0
-    for start in range(0, len(dataset), step):
-        rows = dataset.select(range(start, min(start + step, len(dataset))))
-        pairs = [tokenize_preference(row, scorer.processing_class) for row in rows]
-        longest = [max(len(pair["chosen_ids"]), len(pair["rejected_ids"])) for pair in pairs]
-        kept = [row for row, length in enumerate(longest) if max_length is None or length <= max_length]
-        dropped += len(pairs) - len(kept)
-        if scorer.positions is not None and any(longest[row] > scorer.positions for row in kept):
-            long = [start + row for row in kept if longest[row] > scorer.positions]
-            raise DataError(
-                f"Comparisons have more tokens than the model has positions ({scorer.positions}): {some_rows(long)}. Give max_length, as in "
-                "training, to leave them out."
-            )
-        if not kept:
-            continue
-        index = all_index[start:][kept]
-        sequences = [pairs[row][side] for side in ("chosen_ids", "rejected_ids") for row in kept]
-        _, features = scorer.rewards_and_features(sequences, index.repeat(2), parameters, sketch)
-        features = features.cpu()
-        bad = (~features.isfinite().all(1)).reshape(2, -1).any(0)
-        if bool(bad.any()):
-            users = list(dict.fromkeys(ids[start + kept[row]] for row in bad.nonzero().flatten().tolist()))
-            raise NonFiniteError(
-                f"The features of {int(bad.sum())} comparisons are NaN or infinite: user(s) {', '.join(map(repr, users[:5]))}. Their "
-                "training has diverged, or the base's dtype overflows; go back to an earlier checkpoint."
-            )
-        yield index, features[: len(kept)], features[len(kept) :]
-    if dropped:
-        logger.warning(
-            f"{dropped} of {len(dataset)} comparisons are longer than max_length={max_length} and are left out."
-        )
-    if dropped == len(dataset):
-        raise DataError(f"All {len(dataset)} comparisons are longer than max_length={max_length} tokens; raise it.")
-
-
-def _save_sets(directory: str, kind: str, sets: Any, settings: dict[str, Any], scorer: _Scorer) -> None:
-    tensors = {"heads": sets} if kind == "heads" else sets.tensors()
-    tensors = {f"set.{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    content = {
-        **settings,
-        "version": VERSION,
-        "registry_id": scorer.users.registry_id,
-        "num_users": len(scorer.users),
-        "model": scorer.fingerprint(),
-        "set": {} if kind == "heads" else sets.settings(),
-    }
-    folder = Path(directory, CONFIDENCE_FOLDER)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_sets(folder, kind, tensors, content)
-
-
-def _write_sets(folder: Path, kind: str, tensors: dict[str, torch.Tensor], content: dict[str, Any]) -> None:
-    """Tensors, then the settings, each whole or not at all; a token in both says that they belong together."""
-    if os.environ.get("RANK", "0") != "0":
-        return  # every process of a launched script gets here with the same sets
-    token = uuid.uuid4().hex
-    temporary = folder / f"{kind}.{token}.tmp"
-    save_file(tensors, temporary, metadata={"token": token})
-    os.replace(temporary, folder / f"{kind}.safetensors")
-    temporary = folder / f"{kind}.{token}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump({**content, "token": token}, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / f"{kind}.json")
-
-
-def forget_in_confidence(directory: str | os.PathLike, row: int) -> bool:
-    """Drop a user's own comparisons from the saved ellipsoids of an adapter; the other users' stay as they are.
-
-    Args:
-        directory (`str` or `os.PathLike`):
-            Of the adapter.
-        row (`int`):
-            The user's row of the bank.
-
-    Returns:
-        `bool`: whether there were ellipsoids.
-    """
-    folder = Path(directory, CONFIDENCE_FOLDER)
-    if not (folder / "ellipsoid.json").is_file():
-        return False
-    content = json.loads((folder / "ellipsoid.json").read_text(encoding="utf-8"))
-    tensors = load_file(folder / "ellipsoid.safetensors")
-    inner = {name.removeprefix("set."): tensor for name, tensor in tensors.items() if name.startswith("set.")}
-    sets = EllipsoidSets.from_tensors(inner, content["set"])
-    if row < sets.num_users:
-        sets.remove(row)
-        changed = {f"set.{name}": tensor.contiguous() for name, tensor in sets.tensors().items()}
-        _write_sets(folder, "ellipsoid", tensors | changed, content)
-    return True
-
-
-def _load_sets(directory: str | None, kind: str, scorer: _Scorer) -> tuple[Any, dict[str, Any]]:
-    """The sets of an adapter and their settings.
-
-    Raises:
-        PessimismError: never fitted, torn, of another registry or of other weights.
-    """
-    remedy = (
-        f"Fit them to the training comparisons: fit_confidence({repr(directory) if directory else 'model'}, train_dataset, "
-        f"kind={kind!r}), or train with "
-        f"`trl-sharelora reward --confidence {kind}`."
-    )
-    what = "ellipsoids" if kind == "ellipsoid" else "ensemble of heads"
-    if directory is None:
-        raise PessimismError(f"A model in memory came without its {what}. {remedy} Give what it returns as sets=... .")
-    folder = Path(directory, CONFIDENCE_FOLDER)
-    if not Path(directory).is_dir():
-        folder = _from_hub(directory, kind) or folder
-    if not (folder / f"{kind}.json").is_file():
-        raise PessimismError(
-            f"There are no {what} in {str(folder)!r}: they were never fitted for this adapter. {remedy}"
-        )
-    try:
-        settings = json.loads((folder / f"{kind}.json").read_text(encoding="utf-8"))
-        with safe_open(folder / f"{kind}.safetensors", "pt") as file:
-            token = (file.metadata() or {}).get("token")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if settings["version"] != VERSION or token != settings["token"]:
-            raise ValueError(f"version {settings['version']}, tokens {token!r} and {settings['token']!r}")
-        registry_id, num_users = settings["registry_id"], settings["num_users"]
-        inner = {name.removeprefix("set."): tensor for name, tensor in tensors.items() if name.startswith("set.")}
-        sets = inner["heads"] if kind == "heads" else EllipsoidSets.from_tensors(inner, settings["set"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise PessimismError(
-            f"The {what} in {str(folder)!r} are torn, or of two different saves ({error!r}). {remedy}"
-        ) from error
-    if registry_id != scorer.users.registry_id or num_users > len(scorer.users):
-        raise PessimismError(
-            f"The {what} in {str(folder)!r} are of another list of users ({num_users} users; the adapter has {len(scorer.users)}), so their "
-            f"rows would be of the wrong users. {remedy}"
-        )
-    if settings["model"] != scorer.fingerprint():
-        raise PessimismError(
-            f"The {what} in {str(folder)!r} were fitted to other weights: the adapter was trained on since, and its features are others "
-            f"now. {remedy}"
-        )
-    return sets, settings
-
-
-def _from_hub(repo_id: str, kind: str) -> Path | None:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repo_id, allow_patterns=f"{CONFIDENCE_FOLDER}/{kind}.*"), CONFIDENCE_FOLDER)
-    except (OSError, ValueError):
-        return None

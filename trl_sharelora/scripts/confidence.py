@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
+from ..confidence import fit_confidence
 from ..data import load_preferences
 from ..evaluation import calibrate as calibrate_reward
-from ..rewards import fit_confidence
 
 
 def loading_arguments(args: Namespace) -> dict[str, Any]:
-    """How to load the reward model, for [`~trl_sharelora.rewards.load_reward_model`].
+    """How to load the reward model, for [`~trl_sharelora.scoring.load_reward_model`].
 
     Args:
         args (`argparse.Namespace`):

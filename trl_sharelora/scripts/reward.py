@@ -84,7 +84,7 @@ class ShareLoraRewardScriptArguments(ShareLoraScriptArguments):
 
     Args:
         confidence (`str`, *optional*, defaults to `"none"`):
-            Confidence sets to fit after the training, for pessimistic rewards, see [`~trl_sharelora.rewards.fit_confidence`].
+            Confidence sets to fit after the training, for pessimistic rewards, see [`~trl_sharelora.confidence.fit_confidence`].
     """
 
     confidence: Literal["none", "ellipsoid", "heads"] = field(
@@ -324,8 +324,8 @@ def fit_confidence_of(
     from datasets import Dataset
     from trl import get_quantization_config
 
+    from ..confidence import fit_confidence
     from ..errors import UnsupportedError
-    from ..rewards import fit_confidence
 
     if not isinstance(train_dataset, Dataset):
         raise UnsupportedError(
