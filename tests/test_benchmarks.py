@@ -248,16 +248,16 @@ def test_over_optimisation_widths_and_kl_are_the_packages(overoptimisation, tmp_
 
 
 def test_over_optimisation_prints_table_and_verdict(overoptimisation, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(overoptimisation, "QUICK", small(overoptimisation, sets=("ellipsoid",)))
+    monkeypatch.setattr(overoptimisation, "QUICK", small(overoptimisation, sets=("ellipsoid, base",)))
     overoptimisation.main(["--quick", "--output", str(tmp_path / "picture.png")])
     printed = capsys.readouterr().out
     assert printed.count("over seeds") == 4 and printed.count("reached") + printed.count("missed") == 4
-    assert printed.count("| RLOO |") == 2 and "| best-of-n | ellipsoid |" in printed
+    assert printed.count("| RLOO |") == 2 and "| best-of-n | ellipsoid, base |" in printed
     assert (tmp_path / "picture.png").stat().st_size > 10_000
     content = json.loads((tmp_path / "picture.json").read_text())
     assert len(content["verdicts"]) == 4 and len(content["proxies"]) == 2
     lines = pandas.read_csv(tmp_path / "picture.csv")
-    assert set(lines["seed"]) == {0, 1} and set(lines["comparisons"]) == {4, 8}
+    assert set(lines["seed"]) == {100, 101} and set(lines["comparisons"]) == {4, 8}
 
 
 def test_policy_steps_and_pessimistic_scoring(step_time, monkeypatch):

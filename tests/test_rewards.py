@@ -1124,3 +1124,43 @@ def test_references_of_a_personal_policy_are_each_users_own(tmp_path):
         )
     assert found[1] == TOKENIZER.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     assert found[0] != found[1] or found[1] != found[2]
+
+
+def test_the_ellipsoid_of_the_base_knows_features_without_the_adapter_and_pools(saved):
+    data, chosen, rejected = comparisons()
+    fit_confidence(saved, data, parameters="base")
+    reward = UserReward(saved, "ellipsoid")
+    assert (reward.parameters, reward.sets.pooled_discount) == ("base", 0.03)
+    trainable = {name: p.requires_grad for name, p in reward.scorer.model.named_parameters()}
+    asked = requests(9)
+    found = reward.score(asked["prompts"], asked["completions"], asked["user_id"])
+    torch.testing.assert_close(
+        found.mean, UserReward(saved).score(asked["prompts"], asked["completions"], asked["user_id"]).mean
+    )
+    assert {name: p.requires_grad for name, p in reward.scorer.model.named_parameters()} == trainable
+
+    base = AutoModelForSequenceClassification.from_pretrained(
+        reward.scorer.config.base_model_name_or_path, num_labels=1, dtype=torch.float32
+    )
+
+    def last(prompt, completion):
+        with torch.no_grad():
+            return base.model(input_ids=ids_of(prompt, completion).reshape(1, -1)).last_hidden_state[0, -1]
+
+    sides = [
+        torch.stack([last(*row) for row in zip(side["prompts"], side["completions"], strict=True)])
+        for side in (chosen, rejected)
+    ]
+    users = reward.scorer.users.index(chosen["user_id"])
+    z, phi = (
+        sides[0] - sides[1],
+        torch.stack([last(*row) for row in zip(asked["prompts"], asked["completions"], strict=True)]),
+    )
+    own = [z[torch.tensor(users) == user] for user in range(3)]
+    phi = phi - torch.cat(sides).mean(0)
+    scale = z.double().square().mean()
+    pooled = scale * torch.eye(z.shape[1], dtype=torch.float64) + 0.03 * z.double().mT @ z.double()
+    for place, user in enumerate(reward.scorer.users.index(asked["user_id"])):
+        sigma = pooled + own[user].double().mT @ own[user].double()
+        width = (phi[place].double() @ sigma.inverse() @ phi[place].double()).sqrt()
+        assert found.std[place].item() == pytest.approx(width.item(), rel=1e-3)

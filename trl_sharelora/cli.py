@@ -46,6 +46,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="ellipsoid: wide where no comparisons are (default); heads: an ensemble of score heads",
     )
     confidence.add_argument(
+        "--parameters",
+        choices=("last_layer", "own_factor", "base"),
+        default="last_layer",
+        help="features of the ellipsoids: of the reward's last layer (default); of the user's own factor; of the base's last layer, a "
+        "forward more, which knows best what was never compared",
+    )
+    confidence.add_argument(
         "--pooled_discount",
         type=float,
         metavar="X",

@@ -30,7 +30,10 @@ from .users import user_id_as_text
 
 logger = logging.getLogger(__name__)
 
-PARAMETERS = ("last_layer", "own_factor")
+PARAMETERS = ("last_layer", "own_factor", "base")
+# Of the base's features, which are the same for all users: what one user compared tells of all. Calibrated, .03 and .1 did alike and
+# better than 0 (docs/log.md).
+BASE_DISCOUNT = 0.03
 KINDS = ("ellipsoid", "heads")
 CONFIDENCE_FOLDER = "confidence"
 VERSION = 1
@@ -77,7 +80,7 @@ def fit_confidence(
             Comparisons with a longer text are left out and counted in the log, as in training.
         ridge (`float`, *optional*), pooled_discount (`float`, *optional*):
             Of the ellipsoids (and the ridge of the heads), see [`~trl_sharelora.pessimism.EllipsoidBuilder`]; by
-            default its own.
+            default its own, and a discount of 0.03 for `parameters="base"` (measured, docs/log.md).
         members (`int`, *optional*, defaults to 5):
             Number of heads; https://huggingface.co/papers/2310.02743 finds 4 to 5 enough.
         seed (`int`, *optional*, defaults to 0):
@@ -111,6 +114,8 @@ def fit_confidence(
         raise ConfigError(f"Heads stand on the last layer; parameters={parameters!r} is for kind='ellipsoid'.")
     settings: dict[str, Any] = {"parameters": parameters, "sketch_size": SKETCH_SIZE, "sketch_seed": 0}
     chosen_options = {"ridge": ridge, "pooled_discount": pooled_discount}
+    if parameters == "base" and pooled_discount is None:
+        chosen_options["pooled_discount"] = BASE_DISCOUNT
     options: dict[str, Any] = {name: value for name, value in chosen_options.items() if value is not None}
     # index (n,), chosen (n, d), rejected (n, d) of some comparisons at a time
     pieces = _features_of(scorer, dataset, user_column, max_length, parameters, CountSketch())

@@ -104,9 +104,11 @@ class UserReward:
             Of an ensemble: mean minus c standard deviations, `"worst"` the least member, `"variance"` mean minus c
             variances.
         parameters (`str`, *optional*):
-            Features of the ellipsoid, by default those it was fitted with: `"last_layer"`, the input of the score head, or `"own_factor"`, the reward's gradient with
-            respect to the user's own factor, reduced by a [`CountSketch`] (a backward more, and blind to what the
-            shared parts do not know).
+            Features of the ellipsoid, by default those it was fitted with. `"last_layer"`: the input of the score head.
+            `"own_factor"`: the reward's gradient with respect to the user's own factor, reduced by a [`CountSketch`] (a backward
+            more, and blind to what the shared parts do not know). `"base"` (ours): the input of the head in the base, without the
+            adapter; a forward more. Reward training shapes the last layer after the comparisons, so that what was never compared
+            looks like what was; the base keeps them apart (docs/log.md).
         zeta (`float`, *optional*):
             Of the ball, as printed in (3.4): `‖ΔΘ - ΔΘ̂‖_F² <= zeta`, so `rho = sqrt(zeta)`. Without it `rho = 1`, and
             the coefficient is the radius. (The proof of Theorem 4.2 uses zeta itself as the radius.)

@@ -169,6 +169,9 @@ class Scorer:
                 some = [sequences[row] for row in part]
                 if parameters == "last_layer":
                     reward, feature = self._last_layer(some, index[part])
+                elif parameters == "base":
+                    reward = self.forward(some, index[part])[0]
+                    feature = self._base_layer(some, index[part])
                 else:
                     assert sketch is not None
                     reward, inputs, gradients = self.gradients(some, index[part])
@@ -185,6 +188,40 @@ class Scorer:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rewards and what the score head sees where they are read."""
         head = self.head()
+        rewards, hidden = self._input_of(head, sequences, index)
+        # TF32 products err by 2^-11 of the sum of magnitudes
+        slack = 1e-3 * (hidden.abs() @ head.weight.float().abs().squeeze(0)) + 1e-6
+        away = (head(hidden).squeeze(-1) - rewards).abs()
+        if bool((away > slack).any()):
+            raise PessimismError(
+                f"{type(self.model.get_base_model()).__name__} does not read its reward off the last token that is not "
+                f"padding (the head gives another reward there, by up to {float(away.max()):.3g}), so its last-layer features are unknown. Use "
+                "pessimism='ball', an ensemble of models, or parameters='own_factor'."
+            )
+        return rewards, hidden
+
+    @torch.no_grad()
+    def _base_layer(self, sequences: Sequence[Sequence[int]], index: torch.Tensor) -> torch.Tensor:
+        """What the score head would see of the base, without the adapter: the same for all users."""
+        head = self.head()
+        wrapper = next(
+            module
+            for module in self.model.modules()
+            if isinstance(module, ModulesToSaveWrapper) and head in module.modules_to_save[self.adapter].modules()
+        )
+        original = [part for part in wrapper.original_module.modules() if isinstance(part, nn.Linear)][-1]
+        trainable = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
+        try:
+            with self.model.disable_adapter():
+                return self._input_of(original, sequences, index)[1]
+        finally:
+            for parameter, requires_grad in trainable.items():  # PEFT makes all of an adapter trainable again
+                parameter.requires_grad_(requires_grad)
+
+    def _input_of(
+        self, head: nn.Module, sequences: Sequence[Sequence[int]], index: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rewards and a head's input `(rows, d)` where they are read."""
         seen: list[torch.Tensor] = []
         hook = head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
         try:
@@ -197,15 +234,6 @@ class Scorer:
             places = torch.arange(input_ids.shape[1], device=input_ids.device)
             last = (places * (input_ids != self.processing_class.pad_token_id)).argmax(-1)
             hidden = hidden[torch.arange(len(hidden), device=hidden.device), last.to(hidden.device)]
-        # TF32 products err by 2^-11 of the sum of magnitudes
-        slack = 1e-3 * (hidden.abs() @ head.weight.float().abs().squeeze(0)) + 1e-6
-        away = (head(hidden).squeeze(-1) - rewards).abs()
-        if bool((away > slack).any()):
-            raise PessimismError(
-                f"{type(self.model.get_base_model()).__name__} does not read its reward off the last token that is not "
-                f"padding (the head gives another reward there, by up to {float(away.max()):.3g}), so its last-layer features are unknown. Use "
-                "pessimism='ball', an ensemble of models, or parameters='own_factor'."
-            )
         return rewards, hidden
 
     def gradients(

@@ -45,6 +45,7 @@ def confidence(args: Namespace) -> None:
         batch_size=args.batch_size,
         max_length=args.max_length,
         pooled_discount=args.pooled_discount,
+        parameters=args.parameters,
         **loading_arguments(args),
     )
     what = f"an ensemble of {len(sets)} heads" if isinstance(sets, torch.Tensor) else repr(sets)

@@ -82,7 +82,7 @@ class ShareLoraPolicyScriptArguments(ShareLoraScriptArguments):
             "start."
         },
     )
-    pessimism_parameters: Literal["last_layer", "own_factor"] | None = field(
+    pessimism_parameters: Literal["last_layer", "own_factor", "base"] | None = field(
         default=None, metadata={"help": "Features of the ellipsoid; by default those it was fitted with."}
     )
     pessimism_form: Literal["std", "worst", "variance"] = field(

@@ -85,8 +85,17 @@ class ShareLoraRewardScriptArguments(ShareLoraScriptArguments):
     Args:
         confidence (`str`, *optional*, defaults to `"none"`):
             Confidence sets to fit after the training, for pessimistic rewards, see [`~trl_sharelora.confidence.fit_confidence`].
+        confidence_parameters (`str`, *optional*, defaults to `"last_layer"`):
+            Features of the ellipsoids.
     """
 
+    confidence_parameters: Literal["last_layer", "own_factor", "base"] = field(
+        default="last_layer",
+        metadata={
+            "help": "Features of the ellipsoids: of the reward's last layer; of the user's own factor; or of the base's last layer, a forward "
+            "more, which knows best what was never compared."
+        },
+    )
     confidence: Literal["none", "ellipsoid", "heads"] = field(
         default="none",
         metadata={
@@ -303,19 +312,22 @@ def main(
     trainer.end()
     # after it: the other processes need not wait for the pass of the first
     if script_args.confidence != "none":
-        fit_confidence_of(trainer, script_args.confidence, train_dataset, model_args)
+        fit_confidence_of(trainer, script_args, train_dataset, model_args)
 
 
 def fit_confidence_of(
-    trainer: "ShareLoraRewardTrainer", kind: str, train_dataset: Any, model_args: ModelConfig
+    trainer: "ShareLoraRewardTrainer",
+    script_args: ShareLoraRewardScriptArguments,
+    train_dataset: Any,
+    model_args: ModelConfig,
 ) -> None:
     """Fit the confidence sets of a trained model to its training data, beside the saved adapter; on the main process.
 
     Args:
         trainer ([`ShareLoraRewardTrainer`]):
             After `save_model`.
-        kind (`str`):
-            `"ellipsoid"` or `"heads"`.
+        script_args ([`ShareLoraRewardScriptArguments`]):
+            `confidence` and `confidence_parameters`.
         train_dataset ([`~datasets.Dataset`]):
             The comparisons it was trained on.
         model_args ([`~trl.ModelConfig`]):
@@ -347,14 +359,17 @@ def fit_confidence_of(
         args.output_dir if partial else trainer.accelerator.unwrap_model(trainer.model),
         train_dataset,
         trainer.processing_class,
-        kind=kind,
+        kind=script_args.confidence,
+        parameters=script_args.confidence_parameters if script_args.confidence == "ellipsoid" else "last_layer",
         user_column=args.user_column,
         batch_size=args.per_device_eval_batch_size,
         max_length=args.max_length,
         output_dir=args.output_dir,
         **loading,
     )
-    print(f"Confidence sets ({kind}) of {len(trainer.users)} users saved to {args.output_dir}/confidence.")
+    print(
+        f"Confidence sets ({script_args.confidence}) of {len(trainer.users)} users saved to {args.output_dir}/confidence."
+    )
 
 
 def show_users(trainer: "ShareLoraRewardTrainer") -> None:
