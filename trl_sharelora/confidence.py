@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 PARAMETERS = ("last_layer", "own_factor", "base")
 # Of the base's features, which are the same for all users: what one user compared tells of all. Calibrated, .03 and .1 did alike and
-# better than 0 (docs/log.md).
+# better than 0 on six seeds (docs/log.md).
 BASE_DISCOUNT = 0.03
 KINDS = ("ellipsoid", "heads")
 CONFIDENCE_FOLDER = "confidence"

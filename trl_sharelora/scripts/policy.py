@@ -65,8 +65,8 @@ class ShareLoraPolicyScriptArguments(ShareLoraScriptArguments):
     pessimism: Literal["none", "ball", "ellipsoid", "ensemble"] = field(
         default="ellipsoid",
         metadata={
-            "help": "The confidence set whose lower end is the reward: 'ellipsoid', wide where no comparisons are (the default: the set "
-            "that helped under thin coverage); 'ball', the paper's; 'ensemble'; 'none', the plain reward."
+            "help": "The confidence set whose lower end is the reward: 'ellipsoid', wide where no comparisons are (the default: the one set "
+            "that knows the data; what it gains is in docs/log.md); 'ball', the paper's; 'ensemble'; 'none', the plain reward."
         },
     )
     pessimism_coefficient: float = field(
