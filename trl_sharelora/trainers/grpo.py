@@ -1,16 +1,11 @@
 """ShareLoraGRPOTrainer: TRL's GRPOTrainer with one policy per user."""
 
 from dataclasses import dataclass
-from typing import Any
 
-from peft import PeftModel
-from transformers import PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 
-from ..sharelora.config import ShareLoraConfig
-from ..users import UserRegistry
-from .online import POLICY_CARD, OnlinePolicyMixin
-from .user_arguments import UserArguments, default_output_dir, with_user_arguments
+from .online import OnlinePolicyMixin
+from .user_arguments import UserArguments
 
 
 @dataclass
@@ -28,9 +23,9 @@ class ShareLoraGRPOTrainer(OnlinePolicyMixin, GRPOTrainer):
 
     A drop-in for [`~trl.GRPOTrainer`] (https://huggingface.co/papers/2402.03300): prompts with one more column that names the
     user, any reward functions, among them [`UserReward`], the pessimistic reward of each user. Rewards are compared within the
-    completions of one prompt, hence of one user. [`ShareLoraRLOOTrainer`] is simpler and learns as fast here.
+    completions of one prompt, hence of one user.
 
-    It overrides of GRPOTrainer: `__init__` (the users), and those of [`OnlinePolicyMixin`]: `_generate_and_score_completions`,
+    It overrides of GRPOTrainer: those of [`OnlinePolicyMixin`]: `__init__`, `_generate_and_score_completions`,
     `_get_per_token_logps_and_entropies`, `_calculate_rewards`, `_compute_loss`, `training_step`, `log`, `get_batch_samples`,
     `_clip_grad_norm`, `create_optimizer`, `_load_from_checkpoint`, `_load_optimizer_and_scheduler`,
     `_load_best_model`, `_get_train_sampler`, `save_model`, `evaluation_loop`, `create_model_card`.
@@ -64,25 +59,4 @@ class ShareLoraGRPOTrainer(OnlinePolicyMixin, GRPOTrainer):
     """
 
     _tag_names = ["trl", "grpo", "sharelora"]
-    _card_usage = POLICY_CARD
-
-    def __init__(
-        self,
-        model: str | PreTrainedModel | PeftModel,
-        reward_funcs: Any,
-        args: ShareLoraGRPOConfig | GRPOConfig | None = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        *rest: Any,
-        peft_config: ShareLoraConfig | None = None,
-        users: UserRegistry | None = None,
-        **kwargs: Any,
-    ):
-        args = with_user_arguments(args or ShareLoraGRPOConfig(default_output_dir(model, "GRPO")))
-        reward_funcs, peft_config = self._prepare_online(
-            model, reward_funcs, args, train_dataset, eval_dataset, peft_config, users, kwargs
-        )
-        super().__init__(
-            model, reward_funcs, args, train_dataset, eval_dataset, *rest, peft_config=peft_config, **kwargs
-        )
-        self._start_online()
+    _config = ShareLoraGRPOConfig

@@ -11,15 +11,37 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from ..data import check_prompt_row, check_prompt_rows
 from ..errors import ConfigError, NonFiniteError, UnknownUserError, UnsupportedError
 from ..sharelora.config import ShareLoraConfig, ShareLoraType
 from ..sharelora.routing import Route
-from ..users import user_id_as_text
+from ..users import UserRegistry, user_id_as_text
+from .user_arguments import default_output_dir, with_user_arguments
 from .user_batches import UserBatchesMixin, column_of
+
+
+POLICY_CARD = """## Quick start
+
+A personalised policy: {users} users share what they have in common, and each has a part of his own (`share="{share}"`). Every
+prompt needs the user who asks (column `{column}` of the training data).
+
+```python
+import trl_sharelora  # registers the adapter type; without it PEFT raises KeyError: 'SHARELORA'
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{model}")
+model = AutoPeftModelForCausalLM.from_pretrained("{model}")
+batch = tokenizer(["The capital of France is"], return_tensors="pt")
+output = model.generate(**batch, user_ids=[model.peft_config["default"].users[0]], max_new_tokens=20)
+```
+
+`trl_sharelora.export_user(path, user_id, output_dir)` writes one user as an ordinary LoRA that needs only PEFT. The user
+ids are in `users.json`; do not publish it if they are personal data.
+"""
 
 
 class CheckedReward:
@@ -78,7 +100,7 @@ class _AlignRollouts(TrainerCallback):
 class OnlinePolicyMixin(UserBatchesMixin):
     """Overrides of the personalised trainers that generate; goes before RLOOTrainer or GRPOTrainer in a class statement.
 
-    `_generate_and_score_completions` (the users of a generation batch), `_get_per_token_logps_and_entropies` (those of its
+    `__init__` (the users), `_generate_and_score_completions` (the users of a generation batch), `_get_per_token_logps_and_entropies` (those of its
     pieces), `_calculate_rewards` (finite rewards, and who got them), `_compute_loss` (the users of a micro-batch),
     `training_step` (their route stays open for the backward), `log` (metrics over users), and those of [`UserBatchesMixin`].
 
@@ -104,11 +126,38 @@ class OnlinePolicyMixin(UserBatchesMixin):
         "training_step": ["model", "inputs", "num_items_in_batch"],
         "log": ["logs", "start_time"],
     }
+    # the trainer's own config; its name is TRL's `_name`
+    _config: Callable[[str], Any]
+    _name: str
     _task_type = "CAUSAL_LM"
+    _card_usage = POLICY_CARD
     _check_rows = staticmethod(check_prompt_rows)
     _check_row = staticmethod(check_prompt_row)
     # generating takes so much longer than reading rows that there is nothing to win
     _reads_ahead = False
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        reward_funcs: Any,
+        args: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        *rest: Any,
+        peft_config: ShareLoraConfig | None = None,
+        users: UserRegistry | None = None,
+        **kwargs: Any,
+    ):
+        args = with_user_arguments(args or self._config(default_output_dir(model, self._name)))
+        reward_funcs, peft_config = self._prepare_online(
+            model, reward_funcs, args, train_dataset, eval_dataset, peft_config, users, kwargs
+        )
+        given = (model, reward_funcs, args, train_dataset, eval_dataset, *rest)
+        super().__init__(*given, **kwargs, peft_config=peft_config)
+        # per mode: (user_index, reward) of each generation batch since the last log, of all ranks
+        self._rewards: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {"train": [], "eval": []}
+        self.add_callback(_AlignRollouts(self))
+        self._start_routing()
 
     # -- before the parent's constructor ----------------------------------------------------------------------------------
 
@@ -246,13 +295,6 @@ class OnlinePolicyMixin(UserBatchesMixin):
 
     # -- rewards and metrics ----------------------------------------------------------------------------------------------
 
-    def _start_online(self) -> None:
-        """After the parent's constructor."""
-        # per mode: (user_index, reward) of each generation batch since the last log, of all ranks
-        self._rewards: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {"train": [], "eval": []}
-        self.add_callback(_AlignRollouts(self))
-        self._start_routing()
-
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(
             inputs, prompts, completions, completion_ids_list
@@ -330,24 +372,3 @@ class OnlinePolicyMixin(UserBatchesMixin):
         metrics["users/reward_mean"] = float(table["reward_mean"].mean())
         metrics["users/reward_worst_tenth"] = float(table["reward_mean"].nsmallest(math.ceil(len(table) / 10)).mean())
         return metrics
-
-
-POLICY_CARD = """## Quick start
-
-A personalised policy: {users} users share what they have in common, and each has a part of his own (`share="{share}"`). Every
-prompt needs the user who asks (column `{column}` of the training data).
-
-```python
-import trl_sharelora  # registers the adapter type; without it PEFT raises KeyError: 'SHARELORA'
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{model}")
-model = AutoPeftModelForCausalLM.from_pretrained("{model}")
-batch = tokenizer(["The capital of France is"], return_tensors="pt")
-output = model.generate(**batch, user_ids=[model.peft_config["default"].users[0]], max_new_tokens=20)
-```
-
-`trl_sharelora.export_user(path, user_id, output_dir)` writes one user as an ordinary LoRA that needs only PEFT. The user
-ids are in `users.json`; do not publish it if they are personal data.
-"""

@@ -13,17 +13,14 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import set_additional_trainable_modules
-from transformers import PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from ..errors import ConfigError, NonFiniteError
-from ..sharelora.config import ShareLoraConfig
 from ..sharelora.model import VALUE_HEAD, make_value_head
-from ..users import UserRegistry
-from .online import POLICY_CARD, OnlinePolicyMixin
-from .user_arguments import UserArguments, default_output_dir, with_user_arguments
+from .online import OnlinePolicyMixin
+from .user_arguments import UserArguments
 
 
 # the losses of GRPOTrainer that are means over tokens, which is what PPO clips
@@ -265,42 +262,28 @@ class ShareLoraPPOTrainer(OnlinePolicyMixin, GRPOTrainer):
     _tag_names = ["trl", "grpo", "ppo", "sharelora"]
     _name = "PPO"
     _paper = {"title": "Proximal Policy Optimization Algorithms", "id": "1707.06347"}
-    _card_usage = POLICY_CARD
+    _config = ShareLoraPPOConfig
     _trains_critic = True
 
-    def __init__(
-        self,
-        model: str | PreTrainedModel | PeftModel,
-        reward_funcs: Any,
-        args: ShareLoraPPOConfig | None = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        *rest: Any,
-        peft_config: ShareLoraConfig | None = None,
-        users: UserRegistry | None = None,
-        **kwargs: Any,
-    ):
-        args = with_user_arguments(args or ShareLoraPPOConfig(default_output_dir(model, "PPO")))
+    def __init__(self, *args: Any, **kwargs: Any):
+        # values of the forwards in progress, and of the last ones
+        self._open_values: list[torch.Tensor] | None = None
+        self._values: Any = None
+        super().__init__(*args, **kwargs)
+        policy = self.model.get_base_model()
+        # inside the forward, so that DDP and FSDP know of the head; not while generating
+        policy.base_model.register_forward_hook(self._keep_values)
+
+    def _prepare_online(self, model, reward_funcs, args, *others):
         if not isinstance(args, ShareLoraPPOConfig):
             raise ConfigError(f"args is a {type(args).__name__}; a ShareLoraPPOConfig is needed.")
-        reward_funcs, peft_config = self._prepare_online(
-            model, reward_funcs, args, train_dataset, eval_dataset, peft_config, users, kwargs
-        )
+        functions, peft_config = super()._prepare_online(model, reward_funcs, args, *others)
         if peft_config is not None:
             peft_config.modules_to_save = list(dict.fromkeys([*(peft_config.modules_to_save or ()), VALUE_HEAD]))
         else:
             add_value_head(model)
             keep_reference(model)
-        # values of the forwards in progress, and of the last ones
-        self._open_values: list[torch.Tensor] | None = None
-        self._values: Any = None
-        super().__init__(
-            model, reward_funcs, args, train_dataset, eval_dataset, *rest, peft_config=peft_config, **kwargs
-        )
-        self._start_online()
-        policy = self.model.get_base_model()
-        # inside the forward, so that DDP and FSDP know of the head; not while generating
-        policy.base_model.register_forward_hook(self._keep_values)
+        return functions, peft_config
 
     def _keep_values(self, backbone: Any, args: Any, output: Any) -> None:
         if self._open_values is not None:
