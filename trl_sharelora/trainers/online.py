@@ -153,7 +153,7 @@ class OnlinePolicyMixin(UserBatchesMixin):
             model, reward_funcs, args, train_dataset, eval_dataset, peft_config, users, kwargs
         )
         given = (model, reward_funcs, args, train_dataset, eval_dataset, *rest)
-        super().__init__(*given, **kwargs, peft_config=peft_config)
+        super().__init__(*given, **kwargs | {"peft_config": peft_config})
         # per mode: (user_index, reward) of each generation batch since the last log, of all ranks
         self._rewards: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {"train": [], "eval": []}
         self.add_callback(_AlignRollouts(self))
