@@ -137,9 +137,12 @@ def test_invariant_5_the_factors_are_the_users_bit_by_bit(tmp_path, share):
             assert A.shape == (4, layer.in_features) and B.shape == (layer.out_features, 4)
             common, own = layer.sharelora_common["default"].weight, layer.bank("default").weight[2]
             up = common + own if share == "A" else layer.sharelora_B["default"].weight
+            up = up + own[:, layer.in_features :].T if share == "none" else up
             assert torch.equal(B, 3.0 * up)  # lora_alpha / sqrt(r) = 6 / 2
             if share == "B":
                 assert torch.equal(A, common + own)
+            elif share == "none":
+                assert torch.equal(A, common + own[:, : layer.in_features])
             elif share == "A":
                 assert torch.equal(A, layer.sharelora_A["default"].weight)
             elif share == "AB":

@@ -67,7 +67,7 @@ def files(directory):
 
 def personal(directory, share):
     """A user's row of each module by name, from the tensors file or the bank: `(users, ...)`."""
-    factor = {"B": "A", "A": "B"}.get(share, "C")
+    factor = {"B": "A", "A": "B", "none": "A"}.get(share, "C")
     tensors = load_file(directory / "adapter_model.safetensors")
     # copies: safetensors maps the file
     return {n: t.clone() for n, t in tensors.items() if f"sharelora_{factor}.weight" in n}

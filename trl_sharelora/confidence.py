@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from .data import check_preference_rows, tokenize_preference
-from .errors import ConfigError, DataError, NonFiniteError, PessimismError, some_rows
+from .errors import ConfigError, DataError, NonFiniteError, PessimismError, UnsupportedError, some_rows
 from .pessimism import (
     EllipsoidBuilder,
     EllipsoidSets,
@@ -130,6 +130,10 @@ def fit_confidence(
         found = [(index, chosen - rejected) for index, chosen, rejected in pieces]
         users, differences = (torch.cat(part) for part in zip(*found, strict=True))
         options.pop("pooled_discount", None)
+        if scorer.config.personal_head:
+            raise UnsupportedError(
+                "An ensemble of score heads came with personal_head=True, where each user has a head of his own. Use kind='ellipsoid'."
+            )
         head = scorer.head().weight.detach().float().squeeze(0).cpu()
         sets = bootstrap_heads(differences, head, members=members, seed=seed, user_index=users, **options)
         settings |= {"members": members, "seed": seed}

@@ -56,6 +56,14 @@ class PessimismError(ShareLoraError):
     """A pessimistic reward was asked for whose set was never fitted, or does not fit the model, the data or the reference."""
 
 
+class SubspaceError(ShareLoraError):
+    """A subspace or spectrum that does not exist or is not comparable: k above the rank, one user only, other shapes."""
+
+
+class MethodError(ShareLoraError):
+    """An unknown method, a warm start that does not fit, or a comparison that cannot be made or resumed."""
+
+
 class UnsupportedError(ShareLoraError):
     """Something TRL, PEFT or torch can do that is meaningless or untested with personal parameters; refused by name."""
 

@@ -24,6 +24,8 @@ from .sharelora.store import BANK_FOLDER, read_row
 WEIGHTS_FILE = "adapter_model.safetensors"
 # <module>.sharelora_<factor>.weight, as PEFT saves them
 _FACTOR = re.compile(r"(.+)\.sharelora_(A|B|C|common)\.weight")
+# the users' own part of a personal score head, beside the head's weight
+HEAD_MOVES = ".moves.weight"
 
 
 def export_user(model_or_dir: PeftModel | str | Path, user_id: str, output_dir: str | Path) -> Path:
@@ -80,6 +82,11 @@ def export_user(model_or_dir: PeftModel | str | Path, user_id: str, output_dir: 
             exported[key] = tensor  # head, other modules_to_save, trained tokens: shared by all users
         else:
             modules.setdefault(match[1], {})[match[2]] = tensor
+    if config.personal_head:
+        for key in [key for key in exported if key.endswith(HEAD_MOVES)]:
+            moves = exported.pop(key)
+            head = key.removesuffix(HEAD_MOVES) + ".weight"
+            exported[head] = exported[head] + _row_of(moves, key, config, row)
     if config.bank in ("ram", "mmap"):
         # his record only, however many users there are
         if isinstance(model_or_dir, str | os.PathLike):
@@ -128,12 +135,17 @@ def _user_factors(
     moves = factors[personal]
     if config.bank in ("ram", "mmap"):
         return lora_factors(config.share, factors["A"], factors["B"], factors["common"], moves[0])
+    move = _row_of(moves, f"{module}.sharelora_{personal}", config, row)
+    return lora_factors(config.share, factors["A"], factors["B"], factors["common"], move)
+
+
+def _row_of(moves: torch.Tensor, name: str, config: ShareLoraConfig, row: int) -> torch.Tensor:
     if len(moves) != len(config.users):
         raise AdapterMismatchError(
-            f"{module}.sharelora_{personal} has {len(moves)} rows for {len(config.users)} users: the adapter's files are of two "
-            "different saves. Copy the whole directory again."
+            f"{name} has {len(moves)} rows for {len(config.users)} users: the adapter's files are of two different saves. Copy the "
+            "whole directory again."
         )
-    return lora_factors(config.share, factors["A"], factors["B"], factors["common"], moves[row])
+    return moves[row]
 
 
 def _target_modules(names: list[str], config: ShareLoraConfig) -> Any:

@@ -14,7 +14,7 @@ import torch
 
 from .confidence import forget_in_confidence
 from .errors import AdapterMismatchError, UnknownUserError
-from .export import WEIGHTS_FILE
+from .export import HEAD_MOVES, WEIGHTS_FILE
 from .sharelora.config import PERSONAL_FACTOR, ShareLoraConfig
 from .sharelora.store import BANK_FOLDER, clear_working_folders, erase_row
 from .users import USERS_FILE, UserRegistry
@@ -98,7 +98,8 @@ def _bank_tensors(folder: Path, config: ShareLoraConfig) -> list[tuple[int, int]
             ) from None
     found = []
     for name, tensor in header.items():
-        if name.endswith(f".sharelora_{PERSONAL_FACTOR[config.share]}.weight"):
+        own_head = config.personal_head and name.endswith(HEAD_MOVES)
+        if own_head or name.endswith(f".sharelora_{PERSONAL_FACTOR[config.share]}.weight"):
             users, (start, end) = tensor["shape"][0], tensor["data_offsets"]
             if users != len(config.users):
                 raise AdapterMismatchError(

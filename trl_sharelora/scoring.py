@@ -17,8 +17,9 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import AutoTokenizer
 
-from .errors import ConfigError, PessimismError, UserIdError
+from .errors import ConfigError, PessimismError, UnsupportedError, UserIdError
 from .evaluation import _check_model
+from .export import HEAD_MOVES
 from .sharelora.bank import SlotBank
 from .sharelora.config import PERSONAL_FACTOR, ShareLoraConfig
 from .sharelora.layer import ShareLoraLayer
@@ -101,7 +102,7 @@ class Scorer:
         digest = hashlib.sha256()
         for key, parameter in sorted(self.model.named_parameters()):
             ours = ".sharelora_" in key or ".modules_to_save." in key
-            if ours and f".{self.adapter}." in key and personal not in key:
+            if ours and f".{self.adapter}." in key and personal not in key and not key.endswith(HEAD_MOVES):
                 digest.update(key.encode())
                 digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
@@ -275,6 +276,11 @@ class Scorer:
 
     def _own_gradients(self, inputs: list[torch.Tensor], gradients: list[torch.Tensor]) -> Iterator[torch.Tensor]:
         """Per layer the gradient of each row's reward with respect to its user's own factor, `(rows, entries)`."""
+        if self.config.share == "none":
+            raise UnsupportedError(
+                "parameters='own_factor' came with share='none', where a user has two factors and the reward is not linear in both. Use "
+                "parameters='last_layer' or 'base'."
+            )
         for layer, x, gradient in zip(self.layers, inputs, gradients, strict=True):
             share, scaling = self.config.share, layer.scaling[self.adapter]
             right, left = x.float(), gradient.float()

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from trl_sharelora import ShareLoraConfig
 
 
-SHARES = ("B", "A", "AB", "diagonal")
+SHARES = ("B", "A", "AB", "diagonal", "none")
 USERS = ["ann", "bob", "cat", "dan"]
 R, ALPHA = 4, 6
 SCALING = ALPHA / R
@@ -72,7 +72,7 @@ def saved(model, adapter="default"):
         if ".sharelora_" in name:
             module, _, factor = name.removesuffix(f".{adapter}.weight").rpartition(".sharelora_")
             modules.setdefault(module, {})[factor] = parameter
-        elif name.endswith("weight"):
+        elif name.endswith(f"modules_to_save.{adapter}.weight"):
             head = parameter
     return modules, head
 
@@ -85,6 +85,9 @@ def factors(share, tensors, user):
         return tensors["A"], tensors["common"] + tensors["B"][user]
     if share == "AB":
         return (tensors["common"] + tensors["C"][user]) @ tensors["A"], tensors["B"]
+    if share == "none":
+        width = tensors["common"].shape[1]
+        return tensors["common"] + tensors["A"][user][:, :width], tensors["B"] + tensors["A"][user][:, width:].T
     return torch.diag(tensors["common"] + tensors["C"][user]) @ tensors["A"], tensors["B"]
 
 
@@ -126,6 +129,10 @@ def reference_gradients(share, model, plains, head=True):
                 grads["A"][user] = ddown
                 grads["common"] += ddown
                 grads["B"] += dup
+            elif share == "none":
+                grads["A"][user] = torch.cat([ddown, dup.T], dim=1)
+                grads["common"] += ddown
+                grads["B"] += dup
             elif share == "A":
                 grads["A"] += ddown
                 grads["B"][user] = dup
@@ -153,7 +160,7 @@ def relative_error(found, expected):
 def assert_close(found, expected, share="B", limit=1e-5):
     """Gradients `{name: tensor}` of all modules together: per user the own factor, then the shared ones, then the head."""
     assert found.keys() == expected.keys()
-    personal = {"B": "A", "A": "B"}.get(share, "C")
+    personal = {"B": "A", "A": "B", "none": "A"}.get(share, "C")
     groups = {}
     for name, tensor in expected.items():
         factor = name.rpartition(".sharelora_")[2].split(".")[0] if ".sharelora_" in name else name

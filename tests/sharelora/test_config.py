@@ -37,7 +37,7 @@ from .reference import USERS, batch, share_model
         ({"lora_dropout": -0.1}, "lora_dropout=-0.1"),
         ({"lora_dropout": float("nan")}, "lora_dropout=nan"),
         ({"lora_dropout": None}, "lora_dropout=None"),
-        ({"share": "C"}, "share='C' is unknown; one of 'B', 'A', 'AB', 'diagonal' is needed"),
+        ({"share": "C"}, "share='C' is unknown; one of 'B', 'A', 'AB', 'diagonal', 'none' is needed"),
         ({"share": "b"}, "share='b' is unknown"),
         ({"layers_pattern": "layers"}, "layers_pattern is set without layers_to_transform"),
     ],

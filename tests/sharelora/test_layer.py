@@ -47,7 +47,9 @@ def slow(layer, x, who):
     for row, user in zip(x, who, strict=True):
         tokens = []
         for token in row.reshape(-1, x.shape[-1]):
-            if share == "B":
+            if share == "none":
+                h = (tensors["common"] + tensors["A"][user][:, : x.shape[-1]]) @ token
+            elif share == "B":
                 h = (tensors["common"] + tensors["A"][user]) @ token
             else:
                 h = tensors["A"] @ token
@@ -56,6 +58,7 @@ def slow(layer, x, who):
             elif share == "diagonal":
                 h = (tensors["common"] + tensors["C"][user]) * h
             up = tensors["common"] + tensors["B"][user] if share == "A" else tensors["B"]
+            up = up + tensors["A"][user][:, x.shape[-1] :].T if share == "none" else up
             tokens.append(W0 @ token + base.bias + layer.scaling["default"] * (up @ h))
         rows.append(torch.stack(tokens).reshape(*row.shape[:-1], OUT))
     return torch.stack(rows)

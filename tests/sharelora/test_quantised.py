@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from trl_sharelora import export_user, use_users
 from trl_sharelora.sharelora import ShareLoraAdamW, ShareLoraLayer, get_router
-from trl_sharelora.sharelora.model import Float32Linear
+from trl_sharelora.sharelora.head import Float32Linear
 
 from .reference import (
     SHARES,

@@ -222,7 +222,7 @@ def test_a_loop_of_ones_own_trains_as_with_a_resident_bank(share, dtype):
         assert_same_users(resident, stored)
     else:
         for row in range(8):
-            assert relative_error(user_row(stored, row), user_row(resident, row)) < 0.01
+            assert relative_error(user_row(stored, row), user_row(resident, row)) < 0.012
 
 
 def test_a_gradient_of_an_evaluation_is_nobodys():
@@ -678,7 +678,7 @@ def slow_row_adamw(gradients, modules, rank_axis, lr, decay, start=None, betas=(
         ((("a", (2, 2)), ("b", (2, 2))), 0),  # "AB"
         ((("a", (2,)), ("b", (2,))), 0),  # "diagonal"
     ],
-    ids=SHARES,
+    ids=SHARES[:4],
 )
 @pytest.mark.parametrize("slots", [None, 3])
 def test_one_second_moment_per_row_of_rank_is_the_slow_loop(modules, rank_axis, slots):

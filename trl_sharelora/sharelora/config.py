@@ -27,9 +27,11 @@ class ShareLoraType(StrEnum):
 
 
 # what the users share -> the factor that is each user's own
-PERSONAL_FACTOR = {"B": "A", "A": "B", "AB": "C", "diagonal": "C"}
+# ("none": the bank of A holds the moves of both factors, side by side)
+PERSONAL_FACTOR = {"B": "A", "A": "B", "AB": "C", "diagonal": "C", "none": "A"}
 SHARE_FORMS = tuple(PERSONAL_FACTOR)
 BANKS = ("auto", "resident", "ram", "mmap")
+USER_STARTS = ("common", "independent")
 
 
 @dataclass
@@ -54,12 +56,20 @@ class ShareLoraConfig(PeftConfig):
         share (`str`, *optional*, defaults to `"B"`):
             What the users share. `"B"`: the up-projection, each user has an A_u (r, in), the paper's method. `"A"`: the
             down-projection, each user has a B_u (out, r), the paper's ablation. `"AB"`: both, each user has a core C_u
-            (r, r). `"diagonal"`: both, each user has a diagonal (r,). The last two are called 'kernel' and 'svd' in the
-            authors' code; they are not in the paper and are what makes very many users affordable.
+            (r, r). `"diagonal"`: both, each user has a diagonal (r,). These two are called 'kernel' and 'svd' in the
+            authors' code; they are not in the paper and are what makes very many users affordable. `"none"`: nothing, each
+            user has an A_u and a B_u, a LoRA of his own (the paper's LoRA-Local, all of them in one batch).
         train_common (`bool`, *optional*, defaults to `False`):
             Keep training the common start (A_0) beside the users' own moves. Off, as in the paper, where each A_u is
             trained by its own user only. On, what all users have in common is learned from all of their data, and a user
             with few comparisons stays close to it.
+        init_users (`str`, *optional*, defaults to `"common"`):
+            Where users start. `"common"`: all at A_0, D_u = 0 (the authors' code: all A_i equal at step 0). `"independent"`: each A_u
+            a draw of its own (the paper's text), so that D_u = draw - A_0; an unseen user still gets A_0. For `share="B"` and
+            `"none"`, whose B is zero at the start, so the model starts as its base in both cases.
+        personal_head (`bool`, *optional*, defaults to `False`):
+            For reward models: each user has a score head of his own, w_0 + d_u, and w_0 is trained only with `train_common`. Off:
+            one trained head for all users, as in the authors' code. On, with `share="none"`, nothing at all is shared.
         users (`UserRegistry` or `list[str]`, *optional*):
             The users in row order. The trainers fill it in from the training data. Stored beside the adapter as
             `users.json`.
@@ -113,15 +123,26 @@ class ShareLoraConfig(PeftConfig):
         default=None,
         metadata={"help": "Linear modules to adapt; by default those PEFT adapts for the model's family."},
     )
-    share: Literal["B", "A", "AB", "diagonal"] = field(
+    share: Literal["B", "A", "AB", "diagonal", "none"] = field(
         default="B",
         metadata={
-            "help": "What all users share: 'B' (the paper), 'A' (its ablation), 'AB' (personal core), 'diagonal'."
+            "help": "What all users share: 'B' (the paper), 'A' (its ablation), 'AB' (personal core), 'diagonal', 'none' (a LoRA each)."
         },
     )
     train_common: bool = field(
         default=False,
         metadata={"help": "Keep training the common start A_0 beside the users' own moves. Off, as in the paper."},
+    )
+    init_users: Literal["common", "independent"] = field(
+        default="common",
+        metadata={
+            "help": "Where users start: 'common', all at A_0 (the authors' code), or 'independent', each A_u a draw of its own (the "
+            "paper's text)."
+        },
+    )
+    personal_head: bool = field(
+        default=False,
+        metadata={"help": "Each user has a score head of his own. Off, one for all, as in the authors' code."},
     )
     users: Any = field(default=None, metadata={"help": "The users in row order; the trainers fill it in."})
     num_users: int | None = field(default=None, metadata={"help": "Number of users; follows from `users`."})
@@ -198,6 +219,30 @@ class ShareLoraConfig(PeftConfig):
             raise ConfigError(
                 "bank_dtype, bank_second_moment and bank_slots are for bank='ram' and 'mmap'; a resident bank is float32 Parameters. Leave "
                 "them out, or choose a store."
+            )
+        if self.share == "none" and self.bank_second_moment == "row":
+            raise ConfigError(
+                "bank_second_moment='row' came with share='none': a row of rank would share one second moment between A and B, whose gradients "
+                "are of different sizes. Use 'full'."
+            )
+        if self.init_users not in USER_STARTS:
+            raise ConfigError(
+                f"init_users={self.init_users!r} is unknown; one of {', '.join(map(repr, USER_STARTS))} is needed."
+            )
+        if self.init_users == "independent" and self.share not in ("B", "none"):
+            raise ConfigError(
+                f"init_users='independent' came with share={self.share!r}. Only an A_u can be drawn at random and leave the model as its base "
+                "is, because B is zero then: use share='B' or 'none', or init_users='common'."
+            )
+        for name, wanted in (("init_users", self.init_users == "independent"), ("personal_head", self.personal_head)):
+            if wanted and self.bank in ("ram", "mmap"):
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} came with bank={self.bank!r}; it is made for resident banks. Use bank='resident' (up to "
+                    "some hundred users), or leave it out."
+                )
+        if self.personal_head and not str(self.task_type or "SEQ_CLS").endswith("SEQ_CLS"):
+            raise ConfigError(
+                f"personal_head=True came with task_type={self.task_type!r}; only a reward model has a score head. Leave it out."
             )
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ConfigError("layers_pattern is set without layers_to_transform; give the layers, or leave both out.")

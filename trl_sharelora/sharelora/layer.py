@@ -1,5 +1,6 @@
 """The layer: `W0 x + s * B (A_u x)`, a row of the batch with its own user's factor."""
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -105,6 +106,11 @@ class ShareLoraLayer(BaseTunerLayer):
             self.sharelora_A[adapter_name] = A
             self.sharelora_B[adapter_name] = bank(self.out_features, r)
             common = B
+        elif config.share == "none":
+            # the moves of A and of B side by side; both start from what is common, A_0 and B_0
+            self.sharelora_A[adapter_name] = bank(r, self.in_features + self.out_features)
+            self.sharelora_B[adapter_name] = B
+            common = A
         else:
             self.sharelora_A[adapter_name] = A
             self.sharelora_B[adapter_name] = B
@@ -121,11 +127,32 @@ class ShareLoraLayer(BaseTunerLayer):
         self.lora_alpha[adapter_name] = config.lora_alpha
         self.scaling[adapter_name] = config.scaling
         self.share[adapter_name] = config.share
+        if config.init_users == "independent":
+            self._draw_starts(adapter_name)
         if not config.train_common:
             # PEFT switches requires_grad on again at every set_adapter or disable_adapter, but not for these
-            self.frozen_peft_weight_names[adapter_name] = ("sharelora_common",)
+            common_names = ("sharelora_common", "sharelora_B") if config.share == "none" else ("sharelora_common",)
+            self.frozen_peft_weight_names[adapter_name] = common_names
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    @torch.no_grad()
+    def _draw_starts(self, adapter_name: str) -> None:
+        """Give each user an A_u of his own draw, on LoRA's scale: D_u = draw - A_0."""
+        common = self.sharelora_common[adapter_name].weight
+        bank = self.sharelora_A[adapter_name]
+        assert isinstance(bank, ResidentBank)
+        for row in bank.weight:
+            drawn = torch.empty_like(common)
+            nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))  # uniform within 1 / sqrt(in)
+            row[:, : self.in_features] = drawn - common
+
+    def start(self, adapter_name: str) -> torch.Tensor:
+        """What the moves start from, in the shape of a move: A_0, or `[A_0 | B_0']` of `share="none"`."""
+        common = self.sharelora_common[adapter_name].weight
+        if self.share[adapter_name] != "none":
+            return common
+        return torch.cat([common, self.sharelora_B[adapter_name].weight.mT], dim=1)
 
     def bank(self, adapter_name: str) -> ResidentBank | SlotBank:
         """The users' own part of an adapter."""
@@ -216,9 +243,11 @@ class Linear(nn.Module, ShareLoraLayer):
         """First half of the sandwich: x for the base to use, and what adds the adapter to the base's output."""
         share, scaling, dtype = self.share[adapter_name], self.scaling[adapter_name], _compute_dtype(x)
         A, B = self.sharelora_A[adapter_name], self.sharelora_B[adapter_name]
-        rows = self.bank(adapter_name).rows(route, self.sharelora_common[adapter_name].weight)
+        rows = self.bank(adapter_name).rows(route, self.start(adapter_name))
         plain = self._base_is_plain()
         dropped = self.sharelora_dropout[adapter_name](x)
+        if share == "none":
+            return x, functools.partial(self._add_own, dropped, Gather.apply(*rows, dtype), scaling)
 
         # The paper's sentence: one B for everybody, one A for each user. (3.3), Algorithm 2.
         if share == "B" and not torch.is_grad_enabled():
@@ -244,6 +273,12 @@ class Linear(nn.Module, ShareLoraLayer):
             return ExpandOwn.apply(fresh, h, *rows).reshape(y.shape)
 
         return (through if dropped is x else x), expand
+
+    def _add_own(self, x: torch.Tensor, own: torch.Tensor, scaling: float, y: torch.Tensor) -> torch.Tensor:
+        """`y + s B_u (A_u x)`: both factors of each row's own user, `own` `(batch, r, in + out)`."""
+        down, up = own.split([self.in_features, self.out_features], dim=2)
+        h = torch.bmm(x.reshape(len(own), -1, x.shape[-1]).to(own.dtype), down.mT) * scaling
+        return y + torch.bmm(h, up).reshape(y.shape).to(y.dtype)
 
     def _base_is_plain(self) -> bool:
         """Whether the base's output and its dx are fresh tensors that nobody else holds."""
@@ -274,9 +309,11 @@ class Linear(nn.Module, ShareLoraLayer):
         """`y + s * B (A_u x)` in plain operations, for `x` `(batch, ..., in)` and the base's output `y` `(batch, ..., out)`."""
         share, scaling, dtype = self.share[adapter_name], self.scaling[adapter_name], _compute_dtype(x)
         A, B = self.sharelora_A[adapter_name], self.sharelora_B[adapter_name]
-        rows = self.bank(adapter_name).rows(route, self.sharelora_common[adapter_name].weight)
+        rows = self.bank(adapter_name).rows(route, self.start(adapter_name))
         # The factors are cast to x's type, never x to theirs: under autocast x is the larger by far.
         own = gather(rows, dtype)  # (batch, *move)
+        if share == "none":
+            return self._add_own(self.sharelora_dropout[adapter_name](x), own, scaling, y)
         h = self.sharelora_dropout[adapter_name](x).reshape(x.shape[0], -1, x.shape[-1]).to(dtype)  # (batch, seq, in)
         h = (torch.bmm(h, own.mT) if share == "B" else F.linear(h, A.weight.to(dtype))) * scaling  # (batch, seq, r)
         if share == "AB":
@@ -318,7 +355,7 @@ class Linear(nn.Module, ShareLoraLayer):
         """`s * B A_u` of one user, as the base stores its weight: `(out, in)`, or `(in, out)` for `Conv1D`."""
         share, common = self.share[adapter_name], self.sharelora_common[adapter_name].weight
         # the personal one of the two is not read
-        A = common if share == "B" else self.sharelora_A[adapter_name].weight
+        A = common if share in ("B", "none") else self.sharelora_A[adapter_name].weight
         B = common if share == "A" else self.sharelora_B[adapter_name].weight
         down, up = lora_factors(share, A, B, common, self.bank(adapter_name).move(user_index))
         return transpose(self.scaling[adapter_name] * (up @ down), self.fan_in_fan_out)
@@ -391,17 +428,20 @@ def lora_factors(
         share (`str`):
             Form of the adapter.
         A (`torch.Tensor`):
-            The shared down-projection `(r, in)`; not read for `share="B"`.
+            The shared down-projection `(r, in)`; not read for `share="B"` and `"none"`.
         B (`torch.Tensor`):
-            The shared up-projection `(out, r)`; not read for `share="A"`.
+            The shared up-projection `(out, r)`, or B_0 for `share="none"`; not read for `share="A"`.
         common (`torch.Tensor`):
             What the moves start from: A_0, B_0, C_0 or the diagonal.
         move (`torch.Tensor`):
-            The user's own move, of the same shape.
+            The user's own move, of the same shape; for `share="none"` `(r, in + out)`, those of both factors.
 
     Returns:
         `tuple`: down `(r, in)` and up `(out, r)`.
     """
+    if share == "none":
+        down, up = move.split([common.shape[1], move.shape[1] - common.shape[1]], dim=1)
+        return common + down, B + up.mT
     own = common + move
     if share == "B":
         return own, B

@@ -6,7 +6,6 @@ import os
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _get_in_out_features
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -16,6 +15,7 @@ from torch import nn
 from ..errors import AdapterMismatchError, ConfigError, RoutingError, UnknownUserError
 from .bank import SlotBank, WorkingSet
 from .config import PERSONAL_FACTOR, ShareLoraConfig
+from .head import Float32Linear, PersonalHead
 from .layer import Linear, ShareLoraLayer
 from .routing import Route, Router
 from .store import Layout, UserStore
@@ -27,18 +27,6 @@ VALUE_HEAD = "value_head"
 # memory up to this share of it. Above the first, a step's dense gradient and DDP's average of it begin to be felt.
 RESIDENT_BYTES = 2 << 30
 RAM_SHARE = 0.25
-
-
-class Float32Linear(nn.Linear):
-    """A head that is computed in float32 whatever the base and the autocast.
-
-    In bf16 two rewards of about 4 that differ by less than .03 are a tie, and small updates of the weight vanish.
-    """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            # the weight too: someone may have cast the whole model (Trainer's bf16_full_eval does)
-            return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
 
 
 class ShareLoraModel(BaseTuner):
@@ -91,7 +79,10 @@ class ShareLoraModel(BaseTuner):
                 in_features, out_features = _get_in_out_features(module)
                 if in_features and out_features:
                     sizes = {"B": in_features, "A": out_features, "AB": config.r, "diagonal": 1}
+                    sizes["none"] = in_features + out_features
                     numel += config.r * sizes[config.share]
+        if config.personal_head or config.init_users == "independent":
+            return "resident"
         if 16 * numel * len(config.users) <= RESIDENT_BYTES:
             return "resident"
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -110,6 +101,18 @@ class ShareLoraModel(BaseTuner):
             for module in model.modules():
                 if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
                     _keep_in_float32(module.modules_to_save[adapter_name])
+                    if config.personal_head:
+                        self._make_personal(module.modules_to_save[adapter_name], adapter_name)
+
+    def _make_personal(self, head: nn.Module, adapter_name: str) -> None:
+        linears = [part for part in head.modules() if isinstance(part, Float32Linear)]
+        if not linears:
+            raise ConfigError(
+                f"personal_head=True, but the score head ({type(head).__name__}) has no plain linear module (it may be quantised). Keep the "
+                "head out of the quantisation, or use personal_head=False."
+            )
+        if not isinstance(linears[-1], PersonalHead):  # the last one makes the reward
+            PersonalHead.make_of(linears[-1], self.router, self.peft_config[adapter_name].train_common)
 
     def _working_sets(self) -> dict[str, WorkingSet]:
         """The working sets so far, by adapter; none before the first adapter is injected."""
@@ -184,6 +187,10 @@ class ShareLoraModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
+        route = self.router.current()
+        for name, module in list(model.named_modules()):
+            if isinstance(module, PersonalHead):
+                model.set_submodule(name, module.of_user(-1 if route is None else int(route.user_index[0])))
         for hook in self._hooks:
             hook.remove()
         return model
@@ -349,6 +356,8 @@ class ShareLoraModel(BaseTuner):
             if isinstance(module, ShareLoraLayer):
                 for adapter_name in module.share:
                     module.bank(adapter_name).grow(len(self.router.users))
+            elif isinstance(module, PersonalHead):
+                module.moves.grow(len(self.router.users))
         self.router.rows = len(self.router.users)
 
 

@@ -13,6 +13,7 @@ from torch.optim.adamw import adamw
 
 from ..errors import ConfigError, NonFiniteError, RoutingError
 from .bank import WorkingSet
+from .norms import UserNorms
 from .routing import Router
 
 
@@ -36,6 +37,8 @@ class ShareLoraAdamW(torch.optim.AdamW):
         working_sets (`Sequence[WorkingSet]`, *optional*):
             Of banks in a store; stepped with the first group with `rowwise=True`, which may be empty. (They may also stand in
             a group's `params`, but wrappers that swap the parameters of an optimiser, as FSDP's, do not know them.)
+        norms ([`UserNorms`], *optional*):
+            Keeps the moves of the users who were stepped within the constraint of (3.3), or shrinks them.
         **kwargs:
             Of [`torch.optim.AdamW`], except `amsgrad`.
 
@@ -44,12 +47,20 @@ class ShareLoraAdamW(torch.optim.AdamW):
         RoutingError: at `step`, when users' rows have gradients but nobody was seen in training.
     """
 
-    def __init__(self, params: Any, router: Router, working_sets: Sequence[WorkingSet] = (), **kwargs: Any):
+    def __init__(
+        self,
+        params: Any,
+        router: Router,
+        working_sets: Sequence[WorkingSet] = (),
+        norms: UserNorms | None = None,
+        **kwargs: Any,
+    ):
         if kwargs.get("amsgrad"):
             raise ConfigError("amsgrad=True came; the users' rows are stepped without it. Leave it out.")
         super().__init__(params, **kwargs)
         self.router = router
         self.working_sets = list(working_sets)
+        self.norms = norms
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
@@ -85,6 +96,10 @@ class ShareLoraAdamW(torch.optim.AdamW):
                 self._step_resident(parameter, rows, group, in_blocks)
             else:
                 self._step_slots(working_set, rows, group, in_blocks)
+        found_inf = getattr(self, "found_inf", None)
+        if self.norms is not None and (found_inf is None or not found_inf):
+            # the shared factor has been stepped too: the bound is on what the users' rows mean now
+            self.norms.after_step(rows, next(group["lr"] for group in self.param_groups if group.get("rowwise")))
         for working_set in self.router.working_sets.values():
             working_set.let_go()
         return loss

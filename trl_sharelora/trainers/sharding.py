@@ -21,7 +21,7 @@ from torch.utils.data import Sampler
 
 from ..errors import AdapterMismatchError, ConfigError, UnsupportedError
 from ..sharelora.bank import ResidentBank
-from ..sharelora.model import Float32Linear
+from ..sharelora.head import Float32Linear
 
 
 USER_SHARDING = ("union", "owner")
@@ -177,6 +177,7 @@ def prepare_fsdp(trainer: Any) -> None:
             "FULL_STATE_DICT" not in str(plugin.state_dict_type)
         ),
         "fsdp_cpu_ram_efficient_loading: it takes every tensor for sharded": plugin.cpu_ram_efficient_loading,
+        "share='none', which is not tested with FSDP": trainer.model.peft_config["default"].share == "none",
         "an 8-bit or 4-bit base, which is not tested with FSDP": (
             getattr(trainer.model, "is_loaded_in_8bit", False) or getattr(trainer.model, "is_loaded_in_4bit", False)
         ),

@@ -113,6 +113,13 @@ class UserArguments:
             Decoupled weight decay of the users' own moves D_u, applied when a user is visited. It shrinks a user towards the
             common model. Off by default, as in the authors' code; `weight_decay` is that of the shared part.
 
+        user_norm_bound (`float`, *optional*):
+            The constraint ||dTheta_u||_F <= B of the paper's (3.3), by projection: after a step, a visited user whose own move s B D_u
+            (over all adapted modules) is longer is scaled back. Off by default: the paper's experiments and the authors' code have none.
+        user_ridge (`float`, *optional*, defaults to `0.0`):
+            The same as a penalty, `user_ridge / 2 * ||s B D_u||_F^2`, in an implicit step per visit. Unlike `user_weight_decay`, which
+            shrinks the entries of D_u, it shrinks what they do to the model.
+
         user_sharding (`str`, *optional*, defaults to `"union"`):
             With several processes. `"union"`: any sampler; every process keeps the users of all processes' batches and their
             gradients are averaged. `"owner"`: each user belongs to one process, which gets all of his comparisons, balanced by
@@ -149,6 +156,17 @@ class UserArguments:
             "help": "Decoupled weight decay of the users' own moves, applied when a user is visited; shrinks towards the common "
             "model. Off by default, as in the authors' code."
         },
+    )
+    user_norm_bound: float | None = field(
+        default=None,
+        metadata={
+            "help": "Bound on the Frobenius norm of what a user's own move adds to the weights, (3.3) of the paper, by projection. Off by "
+            "default, as in the paper's experiments; with few comparisons per user unconstrained fits blow up (docs/paper.md)."
+        },
+    )
+    user_ridge: float = field(
+        default=0.0,
+        metadata={"help": "Ridge on the same norm instead of a bound. Off by default, as in the paper's experiments."},
     )
     user_sharding: str = field(
         default="union",
@@ -187,6 +205,11 @@ class UserArguments:
             raise ConfigError(
                 f"user_weight_decay={self.user_weight_decay!r}; a finite number of at least 0 is needed."
             )
+        bound = self.user_norm_bound
+        if bound is not None and not (math.isfinite(bound) and bound > 0):
+            raise ConfigError(f"user_norm_bound={bound!r}; a finite number above 0 is needed, or None.")
+        if not (math.isfinite(self.user_ridge) and self.user_ridge >= 0):
+            raise ConfigError(f"user_ridge={self.user_ridge!r}; a finite number of at least 0 is needed.")
         if self.optim not in OPTIMIZERS:
             raise ConfigError(
                 f"optim={getattr(self.optim, 'value', self.optim)!r}; the users' rows are stepped one by one by AdamW, so one of "

@@ -32,6 +32,7 @@ from ..errors import (
 from ..sharelora.bank import ResidentBank, WorkingSet, runs_of
 from ..sharelora.config import ShareLoraConfig
 from ..sharelora.model import VALUE_HEAD
+from ..sharelora.norms import UserNorms
 from ..sharelora.optimizer import ShareLoraAdamW
 from ..sharelora.routing import get_router
 from ..sharelora.store import BANK_FOLDER, WORKING_FOLDER, remove_unnamed
@@ -418,6 +419,13 @@ class UserBatchesMixin:
                 {"params": [p for name, p in shared.items() if name not in decayed], "weight_decay": 0.0, **rate},
             ]
             _, kwargs = self.get_optimizer_cls_and_kwargs(args, model)
+            if args.user_norm_bound is not None or args.user_ridge:
+                if self.is_fsdp_enabled:
+                    raise UnsupportedError(
+                        "user_norm_bound or user_ridge came with FSDP, which shards the shared factors they need whole. Use DDP, or "
+                        "user_weight_decay."
+                    )
+                kwargs["norms"] = UserNorms(model, "default", args.user_norm_bound, args.user_ridge)
             self.optimizer = ShareLoraAdamW(
                 [{"rowwise": False, **group} for group in groups if group["params"] or group.get("rowwise")],
                 self.router,
