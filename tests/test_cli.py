@@ -1,6 +1,7 @@
 """The command line: what costs what, who gets which argument, what is refused."""
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -9,10 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
+from helpers import preference_rows, save_tiny
 from trl import ModelConfig
 
 from trl_sharelora import cli
-from trl_sharelora.errors import ConfigError, DataError, UnsupportedError
+from trl_sharelora.errors import ConfigError, DataError, MethodError, UnsupportedError
 from trl_sharelora.scripts import launch, reward
 
 
@@ -53,7 +55,7 @@ def test_help_imports_nothing_heavy():
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.splitlines()[-1] == "heavy: []"
-    for command in ("reward", "eval", "export", "demo", "env"):
+    for command in ("reward", "eval", "export", "subspace", "compare", "demo", "env"):
         assert f"\n    {command} " in run.stdout
 
 
@@ -394,3 +396,63 @@ def test_the_parser_of_the_tools():
     args = cli.make_parser().parse_args(["eval", "--model_name_or_path", "a", "--dataset_name", "b"])
     assert isinstance(args, argparse.Namespace)
     assert (args.unseen, args.user_column, args.dtype) == ("raise", "user_id", "float32")
+
+
+# -- methods by name ------------------------------------------------------------------------------------------------------
+
+
+def run_reward(tmp_path, *more):
+    """The script itself, on a tiny base and three users."""
+    base = save_tiny("llama", tmp_path / "base")
+    rows = [{**row, "split": "test" if number > 20 else "train"} for number, row in enumerate(preference_rows(3, 27))]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = [
+        "--model_name_or_path",
+        base,
+        "--dataset_name",
+        str(tmp_path / "log.jsonl"),
+        "--use_cpu",
+        "--bf16",
+        "false",
+    ]
+    argv += ["--output_dir", str(tmp_path / "rm"), "--lora_target_modules", "q_proj", "v_proj", "--report_to", "none"]
+    argv += [
+        "--per_device_train_batch_size",
+        "7",
+        "--eval_strategy",
+        "epoch",
+        "--save_strategy",
+        "no",
+        "--disable_tqdm",
+        "true",
+    ]
+    reward.main(*launch.parse_arguments(reward.make_parser(), [*argv, *more]))
+    return tmp_path / "rm"
+
+
+@pytest.mark.parametrize(
+    ("method", "share"), [("psharelora-wu", "B"), ("lora-local", "none"), ("lora-global", None), ("share-a", "A")]
+)
+def test_a_method_by_name(tmp_path, capsys, method, share):
+    out = run_reward(tmp_path, "--method", method)
+    assert "3 users, 6 rows" in capsys.readouterr().out
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config.get("share") == share and config["peft_type"] == ("LORA" if share is None else "SHARELORA")
+    assert (out / "warm-up" / "adapter_config.json").is_file() is (method in ("psharelora-wu", "share-a"))
+
+
+def test_the_method_says_the_form(tmp_path):
+    with pytest.raises(MethodError, match="method='psharelora-we' is unknown .did you mean 'psharelora-wu'"):
+        run_reward(tmp_path, "--method", "psharelora-we")
+    with pytest.raises(MethodError, match="share='AB'.*came with method='lora-local', which says all three itself"):
+        run_reward(tmp_path, "--method", "lora-local", "--share", "AB")
+    with pytest.raises(MethodError, match="--confidence came with method='lora-global', which has no users"):
+        run_reward(tmp_path, "--method", "lora-global", "--confidence", "ellipsoid")
+
+
+def test_the_form_of_the_arguments_without_a_method(tmp_path):
+    out = run_reward(tmp_path, "--share", "none", "--personal_head", "--max_steps", "1")
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert (config["share"], config["personal_head"], config["init_users"]) == ("none", True, "common")
+    out = run_reward(tmp_path, "--init_users", "independent", "--max_steps", "1")
+    assert json.loads((out / "adapter_config.json").read_text())["init_users"] == "independent"

@@ -22,8 +22,10 @@ PACKAGE = ROOT / "trl_sharelora"
 LEVELS = {
     "errors": 0,
     "pessimism": 0,
+    "subspace": 0,
     "users": 0,
     "sharelora": 1,
+    "comparison": 2,
     "confidence": 2,
     "data": 2,
     "evaluation": 2,
@@ -32,6 +34,7 @@ LEVELS = {
     "new_users": 2,
     "rewards": 2,
     "scoring": 2,
+    "warm_start": 2,
     "trainers": 3,
     "scripts": 4,
     "cli": 4,

@@ -1,4 +1,5 @@
-"""`trl-sharelora`: reward | dpo | rloo | grpo | ppo | confidence | calibrate | eval | export | demo | env.
+"""`trl-sharelora`: reward | dpo | rloo | grpo | ppo | confidence | calibrate | eval | export | subspace |
+compare | demo | env.
 
 The first five are training commands: their arguments are those of TRL's scripts (`--config reward.yaml` and so on), and what a
 script does not know goes to `accelerate launch`. The others are ordinary tools. Each command imports what it needs when it runs.
@@ -104,6 +105,35 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument("--user", required=True, metavar="ID", help="the user's id, as in the data")
     export.add_argument("--output_dir", required=True, metavar="DIR", help="where to write")
 
+    subspace = commands.add_parser(
+        "subspace",
+        help="what users' updates share: is one B for all of them justified?",
+        description="Spectra of the users' updates in a saved adapter, what is common and what is personal, and whether sharing one B is "
+        "justified for its log (to be told from a run of lora-local, in which nothing is shared). Needs no base model.",
+    )
+    subspace.add_argument("adapter", metavar="RUN", help="the adapter's directory")
+    subspace.add_argument(
+        "--k", type=int, metavar="K", help="number of shared directions to judge (default: the rank r)"
+    )
+    subspace.add_argument(
+        "--control",
+        metavar="RUN",
+        help="an adapter trained in the same way with labels drawn at random: what the base alone makes the users share",
+    )
+    subspace.add_argument(
+        "--users", type=int, metavar="N", help="at most so many users, at random (default 32, or 1024 if B is shared)"
+    )
+    subspace.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn at random (default 0)")
+    subspace.add_argument(
+        "--dtype", choices=("float64", "float32"), default="float64", help="of the decompositions (default float64)"
+    )
+    subspace.add_argument("--output_dir", metavar="DIR", help="also write spectrum.json and spectrum.png there")
+
+    commands.add_parser(
+        "compare",
+        help="the paper's variants and baselines on one data set, in one table (arguments: trl-sharelora compare -h)",
+        add_help=False,
+    )
     commands.add_parser("demo", help="personalised against pooled, on users with different tastes", add_help=False)
     commands.add_parser("env", help="versions and devices, for a bug report")
     return parser
@@ -145,6 +175,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if argv and argv[0] in TRAINING_COMMANDS:
             return _train(argv[0], argv[1:])
+        if argv and argv[0] == "compare":
+            from .scripts.compare import main as compare
+
+            return compare(argv[1:])
         if argv and argv[0] == "demo":
             from .demo import main as demo
 
@@ -166,6 +200,10 @@ def main(argv: list[str] | None = None) -> int:
             from .scripts.export import export
 
             export(args)
+        elif args.command == "subspace":
+            from .scripts.subspace import subspace
+
+            subspace(args)
         elif args.command == "env":
             from .scripts.env import print_environment
 

@@ -129,6 +129,9 @@ class PerUserResult:
             largest, and its 95 % interval over users: above 0, the widths know where the rewards are wrong.
         calibration ([`~pandas.DataFrame`], *optional*), calibration_users ([`~pandas.DataFrame`], *optional*):
             The rest of it, see [`width_calibration`].
+        rows ([`~pandas.DataFrame`], *optional*):
+            Of [`evaluate_users`]: `row` (its number in the dataset), `user_id` and `margin` (reward of `chosen` minus that of
+            `rejected`) of every scored row, for paired comparisons of models.
     """
 
     table: pd.DataFrame
@@ -148,6 +151,7 @@ class PerUserResult:
     calibration_gap_high: float | None = None
     calibration: pd.DataFrame | None = field(default=None, init=False)
     calibration_users: pd.DataFrame | None = field(default=None, init=False)
+    rows: pd.DataFrame | None = field(default=None, init=False, repr=False)
 
     def as_dict(self) -> dict[str, float | int | None]:
         """The scalars, for a log."""
@@ -414,10 +418,11 @@ def evaluate_users(
             raise UnknownUserError(users.unknown_message(unknown))
 
     rows = [{user_column: row[user_column], **tokenize_preference(row, processing_class)} for row in dataset]
-    dropped = 0
+    dropped, numbers = 0, list(range(len(rows)))
     if max_length is not None:
         dropped = check_long_rows(Dataset.from_list(rows), max_length, user_column, name="evaluation")
-        rows = [row for row in rows if _longest(row) <= max_length]
+        numbers = [number for number in numbers if _longest(rows[number]) <= max_length]
+        rows = [rows[number] for number in numbers]
     _check_positions(model, rows)
 
     user_ids = [user_id_as_text(row[user_column]) for row in rows]
@@ -431,6 +436,7 @@ def evaluate_users(
     chosen, rejected = _score(model, rows, index, unseen, batch_size, processing_class.pad_token_id)
     result = per_user_table(user_ids, chosen, rejected, order=users)
     result.unseen, result.dropped = n_unseen, dropped
+    result.rows = pd.DataFrame({"row": numbers, "user_id": user_ids, "margin": chosen - rejected})
     if confidence is not None:
         reward = _pessimistic(model, confidence, processing_class, batch_size, unseen)
         found = width_calibration(user_ids, chosen - rejected, reward.compare(rows, user_ids).std)

@@ -84,9 +84,9 @@ def export_user(model_or_dir: PeftModel | str | Path, user_id: str, output_dir: 
             modules.setdefault(match[1], {})[match[2]] = tensor
     if config.personal_head:
         for key in [key for key in exported if key.endswith(HEAD_MOVES)]:
-            moves = exported.pop(key)
+            own_heads = exported.pop(key)
             head = key.removesuffix(HEAD_MOVES) + ".weight"
-            exported[head] = exported[head] + _row_of(moves, key, config, row)
+            exported[head] = exported[head] + _row_of(own_heads, key, config, row)
     if config.bank in ("ram", "mmap"):
         # his record only, however many users there are
         if isinstance(model_or_dir, str | os.PathLike):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..sharelora.config import SHARE_FORMS
 from .story import Story, quiet
-from .tasks import QUICK, Budget, Scale, Task, made_up_task, own_task
+from .tasks import FULL, QUICK, Budget, Task, made_up_task, own_task
 
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.dataset:
             task = own_task(story, args)
         else:
-            task = made_up_task(story, args.output_dir, QUICK if args.quick else Scale(), args.share, args.seed)
+            task = made_up_task(story, args.output_dir, QUICK if args.quick else FULL, args.share, args.seed)
         compare(story, task, args.output_dir)
     print(f"\n{time.monotonic() - start:.0f} s in all.")
     return 0

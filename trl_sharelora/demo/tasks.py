@@ -92,6 +92,7 @@ class Scale:
     epochs: float = 6
 
 
+FULL = Scale()
 QUICK = Scale(users=6, fewest=8, most=40, test_rows=25, texts=400, reading_steps=15, epochs=2)
 
 
@@ -172,6 +173,52 @@ def made_up_task(story: Story, output_dir: Path, scale: Scale, share: Any, seed:
     return Task(
         part("train"), part("test"), "user_id", model, budget, truth=pd.DataFrame(truth).drop(columns="mixture")
     )
+
+
+def make_world(output_dir: Path, users: int, comparisons: int, seed: int) -> Path:
+    """Users whose true rewards differ in a space of low rank, their log and a small base model, without a word; made once.
+
+    A user's weights on the replies' attributes are SHARED plus a mixture of three tastes: all differences between users lie in a space of
+    two dimensions, which no method is told.
+
+    Args:
+        output_dir (`Path`):
+            Gets `log.jsonl` (splits train, validation, test) and `base_model`; if they are there, nothing is made.
+        users (`int`):
+            2 to 50.
+        comparisons (`int`):
+            Of each user for training; 50 more are for validation and 100 for the test.
+        seed (`int`):
+            Of everything.
+
+    Returns:
+        `Path`: `output_dir`.
+    """
+    import numpy as np
+
+    from .base_model import build_base_model
+    from .generator import make_corpus, make_log, make_users
+
+    if (output_dir / "log.jsonl").is_file():
+        return output_dir
+    output_dir.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    rows = make_log(make_users(users, comparisons, comparisons, rng), 150, rng)
+    seen: Counter[str] = Counter()
+    for row in rows:
+        if row["split"] == "test":
+            seen[row["user_id"]] += 1
+            row["split"] = "validation" if seen[row["user_id"]] <= 50 else "test"
+    build_base_model(
+        output_dir / "base_model",
+        make_corpus(FULL.texts, rng),
+        [row["prompt"] + row[side] for row in rows for side in ("chosen", "rejected")],
+        steps=FULL.reading_steps,
+        seed=seed,
+    )
+    _write_lines(rows, output_dir / "log.jsonl.part")
+    (output_dir / "log.jsonl.part").replace(output_dir / "log.jsonl")  # last: a world with a log is a whole one
+    return output_dir
 
 
 def own_task(story: Story, args: argparse.Namespace) -> Task:

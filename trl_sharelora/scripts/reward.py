@@ -38,11 +38,11 @@ class ShareLoraScriptArguments(ScriptArguments):
             Whether the users' common start keeps training, see [`ShareLoraConfig`].
     """
 
-    share: Literal["B", "A", "AB", "diagonal"] = field(
+    share: Literal["B", "A", "AB", "diagonal", "none"] = field(
         default="B",
         metadata={
             "help": "What all users share: 'B', the up-projection (the paper's method); 'A', the down-projection (its "
-            "ablation); 'AB', both, each user has an r x r core; 'diagonal', both, each user has r numbers."
+            "ablation); 'AB', both, each user has an r x r core; 'diagonal', both, each user has r numbers; 'none', a LoRA each."
         },
     )
     train_common: bool = field(
@@ -83,12 +83,35 @@ class ShareLoraRewardScriptArguments(ShareLoraScriptArguments):
     The script arguments of a reward model.
 
     Args:
+        method (`str`, *optional*):
+            One of the paper's variants and baselines by name, see [`~trl_sharelora.trainers.methods.METHODS`]; it chooses the form of
+            sharing and the stages.
+        init_users (`str`, *optional*, defaults to `"common"`):
+            Where users start, see [`ShareLoraConfig`].
+        personal_head (`bool`, *optional*, defaults to `False`):
+            A score head for each user, see [`ShareLoraConfig`].
         confidence (`str`, *optional*, defaults to `"none"`):
             Confidence sets to fit after the training, for pessimistic rewards, see [`~trl_sharelora.confidence.fit_confidence`].
         confidence_parameters (`str`, *optional*, defaults to `"last_layer"`):
             Features of the ellipsoids.
     """
 
+    method: str | None = field(
+        default=None,
+        metadata={
+            "help": "A variant or baseline of the paper by name: psharelora-si, psharelora-g, psharelora-wu, lora-global, lora-local, "
+            "share-rep, share-a, kernel, svd. By default the adapter that the other arguments describe."
+        },
+    )
+    init_users: Literal["common", "independent"] = field(
+        default="common",
+        metadata={
+            "help": "Where users start: all at A_0 ('common', the authors' code), or each A_u a draw of its own ('independent', the text)."
+        },
+    )
+    personal_head: bool = field(
+        default=False, metadata={"help": "A score head for each user. Off, as in the authors' code."}
+    )
     confidence_parameters: Literal["last_layer", "own_factor", "base"] = field(
         default="last_layer",
         metadata={
@@ -144,6 +167,7 @@ def get_sharelora_config(
         bank_dtype=script_args.bank_dtype,
         bank_second_moment=script_args.bank_second_moment,
         bank_dir=script_args.bank_dir,
+        **{name: getattr(script_args, name) for name in ("init_users", "personal_head") if hasattr(script_args, name)},
     )
 
 
@@ -292,6 +316,9 @@ def main(
 
     set_model_arguments(training_args, model_args)
     train_dataset, eval_dataset = load_datasets(script_args, training_args, dataset_args)
+    if script_args.method is not None:
+        train_by_name(script_args.method, script_args, training_args, model_args, train_dataset, eval_dataset)
+        return
 
     # Initialize the reward trainer
     trainer = ShareLoraRewardTrainer(
@@ -311,6 +338,80 @@ def main(
     # Finish the trackers and destroy the process group
     trainer.end()
     # after it: the other processes need not wait for the pass of the first
+    if script_args.confidence != "none":
+        fit_confidence_of(trainer, script_args, train_dataset, model_args)
+
+
+def train_by_name(
+    name: str,
+    script_args: ShareLoraRewardScriptArguments,
+    training_args: "ShareLoraRewardConfig",
+    model_args: ModelConfig,
+    train_dataset: Any,
+    eval_dataset: Any,
+) -> None:
+    """Train one of the paper's variants or baselines, save it, show the users.
+
+    Args:
+        name (`str`):
+            Of the method.
+        script_args ([`ShareLoraRewardScriptArguments`]):
+            Adapter, confidence sets.
+        training_args ([`ShareLoraRewardConfig`]):
+            Training, all stages together.
+        model_args ([`~trl.ModelConfig`]):
+            Base model, quantisation, LoRA.
+        train_dataset ([`~datasets.Dataset`]), eval_dataset ([`~datasets.Dataset`], *optional*):
+            Preference rows.
+
+    Raises:
+        MethodError: an unknown method, or one that contradicts the other arguments.
+    """
+    from transformers import set_seed
+    from trl import get_quantization_config
+
+    from ..errors import MethodError
+    from ..evaluation import evaluate_users
+    from ..trainers.methods import method_named, train_method
+
+    method = method_named(name)
+    if script_args.share not in ("B", method.share) or script_args.train_common or script_args.personal_head:
+        raise MethodError(
+            f"share={script_args.share!r}, train_common={script_args.train_common}, personal_head={script_args.personal_head} came with "
+            f"method={name!r}, which says all three itself. Leave them out, or leave out method."
+        )
+    if script_args.confidence != "none" and method.share is None:
+        raise MethodError(f"--confidence came with method={name!r}, which has no users. Leave it out.")
+    set_seed(training_args.seed)
+    trainer = train_method(
+        name,
+        model_args.model_name_or_path,
+        training_args,
+        train_dataset,
+        get_sharelora_config(model_args, script_args),
+        resume_from_checkpoint=training_args.resume_from_checkpoint,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+    )
+    trainer.accelerator.print(f"✅ Training of {name} completed.")
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"💾 Model saved to {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    if eval_dataset is not None and method.share is not None:
+        show_users(trainer)
+    elif eval_dataset is not None and trainer.is_world_process_zero():
+        print(
+            evaluate_users(
+                trainer.accelerator.unwrap_model(trainer.model),
+                eval_dataset,
+                processing_class=trainer.processing_class,
+                user_column=training_args.user_column,
+                batch_size=training_args.per_device_eval_batch_size,
+                max_length=training_args.max_length,
+            )
+        )
+    trainer.end()
     if script_args.confidence != "none":
         fit_confidence_of(trainer, script_args, train_dataset, model_args)
 

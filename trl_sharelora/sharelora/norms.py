@@ -93,7 +93,7 @@ class UserNorms:
             factor = self._factor(*self._polynomial(parts)).float()
             far = factor < 1
             if far.any():
-                for layer, moves, at in parts:
+                for _, moves, at in parts:
                     scale = factor[far].reshape(-1, *[1] * (moves.ndim - 1)).to(moves.device)
                     moves[at[far.to(at.device)]] = moves[at[far.to(at.device)]] * scale
 

@@ -9,6 +9,7 @@ from trl import RewardTrainer
 from ..errors import ConfigError
 from ..sharelora.config import ShareLoraConfig
 from ..users import UserRegistry
+from ..warm_start import warm_start
 from .preferences import PreferencePairsMixin
 from .reward_config import ShareLoraRewardConfig
 from .user_arguments import default_output_dir
@@ -114,6 +115,8 @@ class ShareLoraRewardTrainer(PreferencePairsMixin, RewardTrainer):
         peft_config = self._prepare_users(model, args, train_dataset, peft_config, users)
         super().__init__(model, args, data_collator, train_dataset, *rest, peft_config=peft_config, **kwargs)
         self._start_pairs()
+        if args.warm_start is not None:
+            warm_start(self.accelerator.unwrap_model(self.model), args.warm_start)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         user_index, weights = inputs.pop("user_index"), inputs.pop("weights", None)

@@ -1,0 +1,193 @@
+"""Start all users from one plain LoRA: the exact copy of Algorithm 2 of P-ShareLoRA, step (b).
+
+"Shared factor <- global one, every user's factor <- a copy of the global one", and the trained head with them. A_u is held as
+A_0 + D_u, so the copy is A_0 := A with all D_u = 0.
+"""
+
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.utils.other import ModulesToSaveWrapper
+from safetensors.torch import load_file
+from torch import nn
+
+from .errors import MethodError
+from .export import WEIGHTS_FILE
+from .sharelora.bank import SlotBank
+from .sharelora.config import ShareLoraConfig
+from .sharelora.head import PersonalHead
+from .sharelora.layer import ShareLoraLayer
+from .sharelora.routing import get_router
+
+
+logger = logging.getLogger(__name__)
+
+_FACTOR = re.compile(r"(.+)\.lora_(A|B)\.weight")
+# what a LoRA may have beside two factors per module, and these layers do not
+_EXTRAS = ("use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "trainable_token_indices", "layer_replication")
+
+
+def warm_start(model: Any, lora: str | os.PathLike, adapter_name: str = "default", check_base: bool = True) -> None:
+    """Copy a plain LoRA into a ShareLoRA adapter that nobody has trained yet: every user starts as that LoRA, exactly.
+
+    What each form of sharing takes over: `share="B"`: B and A_0; `"A"`: A and B_0; `"AB"` and `"diagonal"`: A and B (the core starts as
+    the identity); `"none"`: A_0 and B_0, so that each user goes on from the common LoRA by himself.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            With the ShareLoRA adapter.
+        lora (`str` or `os.PathLike`):
+            Directory of a plain LoRA as PEFT saves it: of the same rank, scaling, modules and base; a reward model with its score head.
+        adapter_name (`str`, *optional*, defaults to `"default"`):
+            Which adapter of the model.
+        check_base (`bool`, *optional*, defaults to `True`):
+            Whether the bases' names must agree (their last part: a local copy may lie elsewhere). `False`: the caller vouches for it.
+
+    Raises:
+        MethodError: it is no plain LoRA, of another rank, scaling, modules, shapes or base, or not finite, or lacks the head; or users of
+            the model have moved already. Nothing has been copied then.
+    """
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    if not isinstance(config, ShareLoraConfig):
+        raise MethodError(
+            f"{type(model).__name__} has no ShareLoRA adapter {adapter_name!r}; make one with get_peft_model first."
+        )
+    lora = Path(lora)
+    lora_config = _read_config(lora, config, check_base)
+    layers = {
+        name: m for name, m in model.named_modules() if isinstance(m, ShareLoraLayer) and adapter_name in m.share
+    }
+    _check_nobody_has_moved(model, layers, adapter_name)
+    state = load_file(lora / WEIGHTS_FILE)
+    factors: dict[str, dict[str, torch.Tensor]] = {}
+    rest = {}
+    for key, tensor in state.items():
+        match = _FACTOR.fullmatch(key)
+        if match is None:
+            rest[key] = tensor
+        else:
+            factors.setdefault(match[1], {})[match[2]] = tensor
+    _check_modules(lora, layers, factors)
+    targets = _saved_modules(model, adapter_name, lora, lora_config, rest)
+    bad = sorted(key for key, tensor in state.items() if not tensor.isfinite().all())
+    if bad:
+        raise MethodError(
+            f"{lora / WEIGHTS_FILE} holds NaN or infinite numbers ({bad[0]}, {len(bad)} tensors in all): the training of this LoRA has "
+            "diverged, or the file is damaged. Take an earlier checkpoint of it."
+        )
+    with torch.no_grad():
+        for name, layer in layers.items():
+            share, common = layer.share[adapter_name], layer.sharelora_common[adapter_name].weight
+            A = common if share in ("B", "none") else layer.sharelora_A[adapter_name].weight
+            B = common if share == "A" else layer.sharelora_B[adapter_name].weight
+            A.copy_(factors[name]["A"])
+            B.copy_(factors[name]["B"])
+        for target, tensor in targets:
+            target.copy_(tensor)
+    logger.info("%d modules of %d users start from %s.", len(layers), len(config.users), lora)
+
+
+def _read_config(lora: Path, config: ShareLoraConfig, check_base: bool) -> LoraConfig:
+    if not (lora / "adapter_config.json").is_file() or not (lora / WEIGHTS_FILE).is_file():
+        raise MethodError(
+            f"{lora} is not the directory of a saved LoRA: adapter_config.json and {WEIGHTS_FILE} are needed. For a run of TRL's trainer "
+            "give its output_dir or one of its checkpoint-* folders."
+        )
+    found = PeftConfig.from_pretrained(str(lora))
+    if not isinstance(found, LoraConfig):
+        what = (
+            "one user can be exported to a plain LoRA with export_user" if isinstance(found, ShareLoraConfig) else ""
+        )
+        raise MethodError(
+            f"{lora} holds a {type(found).__name__}; a plain LoRA (LoraConfig) is needed{'; ' if what else ''}{what}."
+        )
+    extras = [name for name in _EXTRAS if getattr(found, name, None)]
+    if extras or found.bias != "none":
+        raise MethodError(
+            f"The LoRA in {lora} has {', '.join(extras) or f'bias={found.bias!r}'}, which ShareLoRA does not have; it could not be copied "
+            "exactly. Train a plain one."
+        )
+    scaling = found.lora_alpha / (found.r**0.5 if found.use_rslora else found.r)
+    if found.r != config.r or abs(scaling - config.scaling) > 1e-9 * scaling:
+        raise MethodError(
+            f"The LoRA in {lora} has rank {found.r} and scaling {scaling:g}, the adapter rank {config.r} and scaling {config.scaling:g}; a "
+            f"copy is exact only if both agree. Use r={found.r}, lora_alpha={found.lora_alpha}, use_rslora={found.use_rslora}."
+        )
+    bases = [str(one.base_model_name_or_path or "") for one in (found, config)]
+    if check_base and all(bases) and bases[0] != bases[1]:
+        if Path(bases[0]).name != Path(bases[1]).name:
+            raise MethodError(
+                f"The LoRA in {lora} was trained on {bases[0]!r}, this model is {bases[1]!r}: its factors mean nothing there. Load that "
+                "base, or say that the two are the same with warm_start(..., check_base=False)."
+            )
+        logger.warning("The LoRA was trained on %r, this model is %r; taken for the same.", *bases)
+    return found
+
+
+def _check_nobody_has_moved(model: Any, layers: dict[str, ShareLoraLayer], adapter_name: str) -> None:
+    working_set = get_router(model).working_sets.get(adapter_name)
+    if working_set is not None:
+        working_set.flush()
+        moved = bool(working_set.store.rows())
+    else:
+        banks = [layer.bank(adapter_name) for layer in layers.values()]
+        moved = any(bool(bank.weight.any()) for bank in banks if not isinstance(bank, SlotBank))
+        moved |= any(bool(m.moves.weight.any()) for m in model.modules() if isinstance(m, PersonalHead))
+    if moved:
+        raise MethodError(
+            "Users of this adapter have moves of their own already (it was trained, or made with init_users='independent'); a warm start "
+            "gives all of them the common factor and would make their moves meaningless. Start from a new adapter."
+        )
+
+
+def _check_modules(lora: Path, layers: dict[str, ShareLoraLayer], factors: dict[str, dict[str, torch.Tensor]]) -> None:
+    missing, surplus = sorted(set(layers) - set(factors)), sorted(set(factors) - set(layers))
+    if missing or surplus:
+        parts = [f"{len(missing)} modules of this adapter are not in it ({missing[0]}, ...)"] if missing else []
+        parts += [f"{len(surplus)} of its modules are not adapted here ({surplus[0]}, ...)"] if surplus else []
+        raise MethodError(
+            f"The LoRA in {lora} adapts other modules: {'; '.join(parts)}. Give the adapter the same target_modules, and the same base."
+        )
+    for name, layer in layers.items():
+        found = {factor: tuple(tensor.shape) for factor, tensor in factors[name].items()}
+        r = next(iter(layer.r.values()))
+        wanted = {"A": (r, layer.in_features), "B": (layer.out_features, r)}
+        if found != wanted:
+            raise MethodError(
+                f"{name}: the LoRA in {lora} has factors of shapes {found}, this model needs {wanted}. It is of another base."
+            )
+
+
+def _saved_modules(
+    model: Any, adapter_name: str, lora: Path, lora_config: LoraConfig, rest: dict[str, torch.Tensor]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Where the head and other modules trained in full go; pairs of the tensor here and the one to copy into it."""
+    pairs, used = [], set()
+    for name, module in model.named_modules():
+        if not isinstance(module, ModulesToSaveWrapper) or adapter_name not in module.modules_to_save:
+            continue
+        own: nn.Module = module.modules_to_save[adapter_name]
+        for key, tensor in {**dict(own.named_parameters()), **dict(own.named_buffers())}.items():
+            if key.startswith("moves."):
+                continue
+            source = rest.get(f"{name}.{key}")
+            if source is None or source.shape != tensor.shape:
+                came = "not in it" if source is None else f"of shape {tuple(source.shape)}, not {tuple(tensor.shape)}"
+                raise MethodError(
+                    f"{name}.{key} is trained in full here and in the LoRA in {lora} {came}. A reward model's head must come along: "
+                    "train the LoRA with task_type='SEQ_CLS' (and the same modules_to_save)."
+                )
+            pairs.append((tensor, source))
+            used.add(f"{name}.{key}")
+    unused = sorted(set(rest) - used)
+    if unused:
+        raise MethodError(
+            f"The LoRA in {lora} brings {', '.join(unused[:3])}{', ...' * (len(unused) > 3)}, which has no place here. Give the adapter "
+            f"modules_to_save={lora_config.modules_to_save}."
+        )
+    return pairs
