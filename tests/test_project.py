@@ -34,7 +34,7 @@ LEVELS = {
     "new_users": 2,
     "rewards": 2,
     "scoring": 2,
-    "warm_start": 2,
+    "starts": 2,
     "trainers": 3,
     "scripts": 4,
     "cli": 4,

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from .forget import forget_user
     from .new_users import add_users
     from .rewards import RewardEstimate, SampledReferences, UserReward
+    from .starts import warm_start
     from .trainers.dpo import ShareLoraDPOConfig, ShareLoraDPOTrainer
     from .trainers.grpo import ShareLoraGRPOConfig, ShareLoraGRPOTrainer
+    from .trainers.methods import train_method
     from .trainers.ppo import ShareLoraPPOConfig, ShareLoraPPOTrainer
     from .trainers.reward import ShareLoraRewardTrainer
     from .trainers.reward_config import ShareLoraRewardConfig
@@ -51,6 +53,8 @@ _LAZY = {
     "ShareLoraRLOOTrainer": ".trainers.rloo",
     "ShareLoraRewardConfig": ".trainers.reward_config",
     "ShareLoraRewardTrainer": ".trainers.reward",
+    "train_method": ".trainers.methods",
+    "warm_start": ".starts",
 }
 
 __all__ = [
@@ -80,7 +84,9 @@ __all__ = [
     "export_user",
     "fit_confidence",
     "forget_user",
+    "train_method",
     "use_users",
+    "warm_start",
 ]
 
 

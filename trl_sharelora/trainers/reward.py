@@ -8,8 +8,8 @@ from trl import RewardTrainer
 
 from ..errors import ConfigError
 from ..sharelora.config import ShareLoraConfig
+from ..starts import warm_start
 from ..users import UserRegistry
-from ..warm_start import warm_start
 from .preferences import PreferencePairsMixin
 from .reward_config import ShareLoraRewardConfig
 from .user_arguments import default_output_dir

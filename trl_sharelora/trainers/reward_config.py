@@ -17,7 +17,7 @@ class ShareLoraRewardConfig(UserArguments, RewardConfig):
     Parameters:
         warm_start (`str`, *optional*):
             Directory of a plain LoRA of the same base, rank and modules, with its head: all users start as that LoRA, exactly
-            (Algorithm 2 of P-ShareLoRA, step (b)). See [`~trl_sharelora.warm_start.warm_start`].
+            (Algorithm 2 of P-ShareLoRA, step (b)). See [`~trl_sharelora.starts.warm_start`].
     """
 
     warm_start: str | None = field(

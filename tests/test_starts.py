@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from trl_sharelora import ShareLoraConfig, use_users
 from trl_sharelora.errors import MethodError
-from trl_sharelora.warm_start import warm_start
+from trl_sharelora.starts import warm_start
 
 
 USERS = ["ann", "bob", "cat"]
