@@ -1,12 +1,16 @@
 """`trl-sharelora compare`: all methods in one command, resumed method by method, with honest choices."""
 
 import json
+import os
+from collections import Counter
 
 import pytest
 from helpers import preference_rows, save_tiny
 
 from trl_sharelora.cli import main
 from trl_sharelora.comparison import Run
+from trl_sharelora.demo.tasks import make_world
+from trl_sharelora.errors import DataError
 from trl_sharelora.scripts import compare
 from trl_sharelora.trainers.methods import METHODS
 
@@ -68,8 +72,9 @@ def test_all_methods_in_one_command_and_again_without_training(base, log, tmp_pa
         run = Run.load(out / name / "seed-42")
         assert [entry["done"] for entry in run.history] == pytest.approx([1 / 3, 2 / 3, 1.0], abs=0.1)
         assert (out / name / "seed-42" / "adapter_config.json").is_file()
-        best = max(range(3), key=lambda place: run.history[place]["macro"])
-        if best == 2:
+        own = [entry for entry in run.history if entry["stage"] == run.history[-1]["stage"]]
+        assert len(own) == {"psharelora-g": 1}.get(name, len(run.history))  # 2 of 3 evaluations are in its warm-up
+        if own[-1]["macro"] > max((entry["macro"] for entry in own[:-1]), default=-1):
             assert run.margins["best"].equals(run.margins["last"])
     # the second time nothing is trained; a result that is missing is made alone
     (out / "svd" / "seed-42" / "result.json").unlink()
@@ -88,6 +93,15 @@ def test_results_of_other_settings_are_not_mixed_in(base, log, tmp_path, capsys)
     assert main(arguments(base, log, out, methods=["svd"], baseline="svd", num_train_epochs=1)) == 2
     error = capsys.readouterr().err
     assert "MethodError" in error and "holds a result of other settings (num_train_epochs changed)" in error
+    for what, value in (("use_rslora", "true"), ("model_revision", "other")):
+        assert main(arguments(base, log, out, methods=["svd"], baseline="svd", **{what: value})) == 2
+        assert f"({what} changed)" in capsys.readouterr().err
+    # the same base by another path, another batch of the evaluation: the same result
+    same = dict(model_name_or_path=os.path.relpath(base), per_device_eval_batch_size=3)
+    assert main(arguments(base, log, out, methods=["svd"], baseline="svd", **same)) == 0
+    assert "there already" in capsys.readouterr().out
+    assert main(arguments(base, log, tmp_path / "dora", methods=["svd"], baseline="svd", use_dora="true")) == 2
+    assert "use_dora=True is an option of plain LoRA" in capsys.readouterr().err
     rows = [json.loads(line) for line in open(log)]
     rows[0]["chosen"] += " w1"
     write(tmp_path / "log.jsonl", rows)
@@ -135,6 +149,18 @@ def test_bad_input_is_refused_before_anything_is_trained(base, log, tmp_path, ca
     assert main(arguments(base, log, tmp_path / "out", **changes)) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("out/*/*/result.json"))
+
+
+def test_a_world_of_ones_own_is_made_once(tmp_path):
+    made = make_world(tmp_path, 3, 4, 5)
+    rows = [json.loads(line) for line in (made / "log.jsonl").read_text().splitlines()]
+    counts = Counter((row["user_id"], row["split"]) for row in rows)
+    assert set(counts.values()) == {4, 50, 100} and len(counts) == 9
+    assert (made / "base_model" / "config.json").is_file()
+    before = (made / "log.jsonl").stat().st_mtime_ns
+    assert make_world(tmp_path, 3, 4, 5) == made and (made / "log.jsonl").stat().st_mtime_ns == before
+    with pytest.raises(DataError, match="asked for is {'users': 4"):
+        make_world(tmp_path, 4, 4, 5)
 
 
 def test_one_user_and_users_without_comparisons(base, tmp_path, capsys):

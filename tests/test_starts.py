@@ -78,6 +78,11 @@ def test_a_policy_needs_no_head(tmp_path):
         (dict(target_modules=[*TARGETS, "k_proj"]), {}, "2 of its modules are not adapted here .*k_proj"),
         (dict(use_dora=True), {}, "has use_dora, which ShareLoRA does not have"),
         (dict(bias="all"), {}, "has bias='all'"),
+        (
+            dict(init_lora_weights="pissa"),
+            {},
+            "init_lora_weights='pissa', for which PEFT changes the base's weights too",
+        ),
         ({}, dict(modules_to_save=["norm"]), r"norm.weight is trained in full here and in the LoRA in .* not in it"),
         (dict(modules_to_save=["norm"]), {}, "brings base_model.model.*norm.weight, .*which has no place here"),
     ],

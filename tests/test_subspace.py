@@ -578,7 +578,7 @@ def test_theorems_by_hand():
     more = {"k": 3, "d2": 5, "delta": 0.1}
     assert theorem_4_2(**terms, **more, b_i=0.25) == pytest.approx(math.sqrt(1.35 + own))
     assert corollary_4_1(**terms, **more) == pytest.approx(math.sqrt(1.1 + own))
-    assert corollary_b_1(n_users=4, n_comparisons=10, sigma_tail=16.0) == pytest.approx(
+    assert corollary_b_1(log_bracketing=math.log(4), n_users=4, n_comparisons=10, sigma_tail=16.0) == pytest.approx(
         math.sqrt(math.log(4) / 40 + 2)
     )
     # (B.1) with L1 = 2, c3 = 3: sqrt(3/8 (.2 + .1 + 1 + own))
@@ -627,7 +627,7 @@ def test_the_theorems_have_the_slopes_they_state():
             lambda: zeta(log_bracketing=1.0, n_users=2, n_comparisons=5, nu=1.0, k=1, d2=2, lipschitz=0.0),
             "lipschitz=0.0",
         ),
-        (lambda: corollary_b_1(n_users=0, n_comparisons=5), "n_users=0"),
+        (lambda: corollary_b_1(log_bracketing=1.0, n_users=0, n_comparisons=5), "n_users=0"),
         (lambda: samples_needed(1, 2, 2, 2, epsilon=0.0), "epsilon=0.0"),
         (lambda: samples_needed(1, 2, 2, 2, epsilon=0.1, kind="lora"), "kind='lora'"),
     ],

@@ -41,7 +41,7 @@ class Run:
         settings (`dict`):
             What it was trained with.
         history (`list[dict]`):
-            `epoch`, `macro`, `micro` of each evaluation on the data that choose the best checkpoint.
+            `done` (share of the training), `stage`, `macro`, `micro` of each evaluation on the data that choose the best checkpoint.
         margins (`pd.DataFrame`):
             `row`, `user_id`, `best`, `last`: of every reported comparison, in units of reward.
     """
@@ -103,8 +103,8 @@ def summarise(runs: Sequence[Run], checkpoint: str, worlds: bool = False) -> dic
             Whether each seed has data of its own; then users of different seeds are different users.
 
     Returns:
-        `dict`: `macro` (mean over users, then seeds) with `low` and `high` over seeds (of one seed: Wilson's interval of all
-        comparisons, binomial), `macro_by_seed`, `micro`, and `users` with `accuracy`, `n`, `low`, `high` (Wilson) each.
+        `dict`: `macro` (mean over users, then seeds) with `low` and `high` over seeds (of one seed: over each user's comparisons, by
+        bootstrap; None if that cannot be told), `macro_by_seed`, `micro`, and `users` with `accuracy`, `n`, `low`, `high` (Wilson) each.
     """
     tables = [_credits_of_users(run, checkpoint) for run in runs]
     by_seed = [float(table["accuracy"].mean()) for table in tables]
@@ -116,12 +116,13 @@ def summarise(runs: Sequence[Run], checkpoint: str, worlds: bool = False) -> dic
         users = pd.concat(tables)
     else:
         users = pd.concat(tables).groupby(level=0, sort=False).mean()
-    total = users["n"].sum()
-    micro = float((users["accuracy"] * users["n"]).sum() / total)
+    micro = float((users["accuracy"] * users["n"]).sum() / users["n"].sum())
     low, high = mean_interval(by_seed)
     if low is None:
-        ends = wilson_interval(micro * total, total)
-        low, high = (float(np.mean(by_seed)) + float(end) - micro for end in ends)
+        one = runs[0].margins
+        low, high = _bootstrap_within(
+            pd.DataFrame({"user": one["user_id"].astype(str), "d": credits(one[checkpoint])})
+        )
     lows, highs = wilson_interval(users["accuracy"] * users["n"], users["n"])
     cells = {
         str(user): {"accuracy": float(a), "n": int(n), "low": float(lo), "high": float(hi)}
@@ -274,7 +275,7 @@ def _bootstrap_mean(values: np.ndarray) -> tuple[float | None, float | None]:
         n_resamples=RESAMPLES,
         confidence_level=LEVEL,
         method="percentile",
-        rng=np.random.default_rng(0),
+        random_state=np.random.default_rng(0),
     )
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 

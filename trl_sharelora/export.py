@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from .errors import AdapterMismatchError, ConfigError
 from .sharelora.config import PERSONAL_FACTOR, ShareLoraConfig
+from .sharelora.head import HEAD_MOVES
 from .sharelora.layer import lora_factors
 from .sharelora.model import VALUE_HEAD
 from .sharelora.routing import get_router
@@ -24,8 +25,6 @@ from .sharelora.store import BANK_FOLDER, read_row
 WEIGHTS_FILE = "adapter_model.safetensors"
 # <module>.sharelora_<factor>.weight, as PEFT saves them
 _FACTOR = re.compile(r"(.+)\.sharelora_(A|B|C|common)\.weight")
-# the users' own part of a personal score head, beside the head's weight
-HEAD_MOVES = ".moves.weight"
 
 
 def export_user(model_or_dir: PeftModel | str | Path, user_id: str, output_dir: str | Path) -> Path:

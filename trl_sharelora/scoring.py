@@ -19,9 +19,9 @@ from transformers import AutoTokenizer
 
 from .errors import ConfigError, PessimismError, UnsupportedError, UserIdError
 from .evaluation import _check_model
-from .export import HEAD_MOVES
 from .sharelora.bank import SlotBank
 from .sharelora.config import PERSONAL_FACTOR, ShareLoraConfig
+from .sharelora.head import HEAD_MOVES, PersonalHead
 from .sharelora.layer import ShareLoraLayer
 from .sharelora.routing import use_users
 from .users import UserRegistry
@@ -190,9 +190,16 @@ class Scorer:
         """Rewards and what the score head sees where they are read."""
         head = self.head()
         rewards, hidden = self._input_of(head, sequences, index)
+        weight = head.weight.float().squeeze(0)  # (d,), or each row's own
+        if isinstance(head, PersonalHead):
+            own = torch.cat(
+                [head.moves.weight, torch.zeros_like(head.moves.weight[:1])]
+            )  # the last for unseen users, -1
+            weight = weight + own[index.to(own.device)].squeeze(1)
         # TF32 products err by 2^-11 of the sum of magnitudes
-        slack = 1e-3 * (hidden.abs() @ head.weight.float().abs().squeeze(0)) + 1e-6
-        away = (head(hidden).squeeze(-1) - rewards).abs()
+        slack = 1e-3 * (hidden.abs() * weight.abs()).sum(-1) + 1e-6
+        bias = 0.0 if head.bias is None else head.bias.float()
+        away = ((hidden * weight).sum(-1) + bias - rewards).abs()
         if bool((away > slack).any()):
             raise PessimismError(
                 f"{type(self.model.get_base_model()).__name__} does not read its reward off the last token that is not "

@@ -20,7 +20,7 @@ from .errors import MethodError
 from .export import WEIGHTS_FILE
 from .sharelora.bank import SlotBank
 from .sharelora.config import ShareLoraConfig
-from .sharelora.head import PersonalHead
+from .sharelora.head import HEAD_MOVES, PersonalHead
 from .sharelora.layer import ShareLoraLayer
 from .sharelora.routing import get_router
 
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 _FACTOR = re.compile(r"(.+)\.lora_(A|B)\.weight")
 # what a LoRA may have beside two factors per module, and these layers do not
+_STARTS = ("gaussian", "eva", "orthogonal", "true", "false")  # draws of A and B that leave the base as it is
 _EXTRAS = ("use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "trainable_token_indices", "layer_replication")
 
 
@@ -72,7 +73,7 @@ def warm_start(model: Any, lora: str | os.PathLike, adapter_name: str = "default
             rest[key] = tensor
         else:
             factors.setdefault(match[1], {})[match[2]] = tensor
-    _check_modules(lora, layers, factors)
+    _check_modules(lora, layers, factors, adapter_name)
     targets = _saved_modules(model, adapter_name, lora, lora_config, rest)
     bad = sorted(key for key, tensor in state.items() if not tensor.isfinite().all())
     if bad:
@@ -107,6 +108,12 @@ def _read_config(lora: Path, config: ShareLoraConfig, check_base: bool) -> LoraC
             f"{lora} holds a {type(found).__name__}; a plain LoRA (LoraConfig) is needed{'; ' if what else ''}{what}."
         )
     extras = [name for name in _EXTRAS if getattr(found, name, None)]
+    start = found.init_lora_weights
+    if isinstance(start, str) and start.lower() not in _STARTS:
+        raise MethodError(
+            f"The LoRA in {lora} was made with init_lora_weights={start!r}, for which PEFT changes the base's weights too; its factors fit that "
+            "base only. Convert it to an ordinary LoRA first (PEFT's path_initial_model_for_weight_conversion)."
+        )
     if extras or found.bias != "none":
         raise MethodError(
             f"The LoRA in {lora} has {', '.join(extras) or f'bias={found.bias!r}'}, which ShareLoRA does not have; it could not be copied "
@@ -145,7 +152,9 @@ def _check_nobody_has_moved(model: Any, layers: dict[str, ShareLoraLayer], adapt
         )
 
 
-def _check_modules(lora: Path, layers: dict[str, ShareLoraLayer], factors: dict[str, dict[str, torch.Tensor]]) -> None:
+def _check_modules(
+    lora: Path, layers: dict[str, ShareLoraLayer], factors: dict[str, dict[str, torch.Tensor]], adapter_name: str
+) -> None:
     missing, surplus = sorted(set(layers) - set(factors)), sorted(set(factors) - set(layers))
     if missing or surplus:
         parts = [f"{len(missing)} modules of this adapter are not in it ({missing[0]}, ...)"] if missing else []
@@ -155,7 +164,7 @@ def _check_modules(lora: Path, layers: dict[str, ShareLoraLayer], factors: dict[
         )
     for name, layer in layers.items():
         found = {factor: tuple(tensor.shape) for factor, tensor in factors[name].items()}
-        r = next(iter(layer.r.values()))
+        r = layer.r[adapter_name]
         wanted = {"A": (r, layer.in_features), "B": (layer.out_features, r)}
         if found != wanted:
             raise MethodError(
@@ -173,7 +182,7 @@ def _saved_modules(
             continue
         own: nn.Module = module.modules_to_save[adapter_name]
         for key, tensor in {**dict(own.named_parameters()), **dict(own.named_buffers())}.items():
-            if key.startswith("moves."):
+            if f".{key}".endswith(HEAD_MOVES):
                 continue
             source = rest.get(f"{name}.{key}")
             if source is None or source.shape != tensor.shape:

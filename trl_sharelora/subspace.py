@@ -693,15 +693,15 @@ def corollary_4_1(
     )
 
 
-def corollary_b_1(*, n_users: int, n_comparisons: int, sigma_tail: float = 0.0) -> float:
-    """Right-hand side of Corollary B.1 without c4 (training from scratch): `sqrt( log N/(N Np) + sqrt(Sigma_tail/N) )`.
+def corollary_b_1(*, log_bracketing: float, n_users: int, n_comparisons: int, sigma_tail: float = 0.0) -> float:
+    """Right-hand side of Corollary B.1 without c4 (training from scratch): `sqrt( log N_G'/(N Np) + sqrt(Sigma_tail/N) )`.
 
-    Stated for `N >= mu² Sigma_tail` with a mu the caller has to know; not checked. With one user the first term is 0 and
-    the bound says nothing.
+    The corollary prints "log N"; read here as the log bracketing number, as in the statements it follows from. (Read as the number of users, the
+    bound would vanish for one user.) Stated for `N >= mu² Sigma_tail` with a mu the caller has to know; not checked.
     """
     _check_count("n_users", n_users)
     _check_count("n_comparisons", n_comparisons)
-    return math.sqrt(math.log(n_users) / (n_users * n_comparisons) + _tail(n_users, 1.0, sigma_tail))
+    return math.sqrt(log_bracketing / (n_users * n_comparisons) + _tail(n_users, 1.0, sigma_tail))
 
 
 def samples_needed(

@@ -8,8 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from trl_sharelora import add_users, export_user, use_users
 from trl_sharelora.errors import ConfigError, RoutingError
 from trl_sharelora.sharelora import ShareLoraLayer
-from trl_sharelora.sharelora.head import PersonalHead
-from trl_sharelora.sharelora.model import _keep_in_float32
+from trl_sharelora.sharelora.head import PersonalHead, keep_in_float32
 
 from .reference import TARGETS, USERS, R, batch, plain_lora, randomise, share_config, share_model
 
@@ -134,9 +133,24 @@ def test_what_cannot_be_is_refused():
         share_config(personal_head=True, task_type="CAUSAL_LM")
     with pytest.raises(ConfigError, match="'row' came with share='none'"):
         share_config(share="none", bank="ram", bank_second_moment="row")
+    with pytest.raises(ConfigError, match="task_type=None for a LlamaForSequenceClassification, of which no head"):
+        get_peft_model(tiny_model(), share_config(task_type=None, personal_head=True))
+    # other modules trained in full stay everybody's
+    model = get_peft_model(tiny_model(), share_config(personal_head=True, modules_to_save=["norm", "embed_tokens"]))
+    assert sum(isinstance(module, PersonalHead) for module in model.modules()) == 1
     head = torch.nn.Embedding(3, 2)
-    _keep_in_float32(head)
+    keep_in_float32(head)
     model = share_model()
     with pytest.raises(ConfigError, match=r"score head \(Embedding\) has no plain linear module"):
         model.base_model._make_personal(head, "default")
     randomise(model)
+
+
+def test_users_who_were_added_to_the_registry_alone_are_saved_as_the_common_model(tmp_path):
+    model, inputs = personal(), batch()
+    expected = rewards(model, inputs)
+    model.peft_config["default"].users.add(["eve"])
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path)
+    assert torch.equal(rewards(loaded, inputs), expected) and len(head_of(loaded).moves.weight) == 5
+    assert not head_of(loaded).moves.weight[4].any()

@@ -56,6 +56,119 @@ SAFE, RECKLESS = (
 CHEERFUL = ("Have a lovely day!", "What fun this is!")
 MORE = ("Many people have tried this before.", "All that is needed is there.", "If it fails, repeat it.")
 
+# Each way of having an attribute, or not having it, and how that is said. `RICH` says it in many ways, most of which one user
+# hardly ever sees: what the words have in common must be learned from everybody.
+PLAIN = {
+    "polite": (RUDE, POLITE),
+    "casual": (FORMAL, CASUAL),
+    "safe": (RECKLESS, SAFE),
+    "exact": (VAGUE, EXACT),
+    "cheerful": ((), CHEERFUL),
+    "more": MORE,
+}
+
+
+def _many(frames: tuple[str, ...], *fillings: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(frame.format(word) for frame, words in zip(frames, fillings, strict=True) for word in words)
+
+
+RICH = {
+    "polite": (
+        _many(
+            ("What a {} question.", "Not this {}.", "You {} again."),
+            ("silly", "dull", "daft", "tiresome", "pointless", "lazy"),
+            ("again", "nonsense", "old thing", "one"),
+            ("bother me", "waste my day", "ask that"),
+        ),
+        _many(
+            ("Thank you for {}.", "I am {} to help.", "{} question!"),
+            ("asking", "writing", "coming to me", "your trust", "your patience"),
+            ("glad", "happy", "honoured", "delighted"),
+            ("Lovely", "Excellent", "Thoughtful", "Kind"),
+        ),
+    ),
+    "casual": (
+        tuple(
+            f"{start} {{}} {{}}."
+            for start in (
+                "It is advisable to",
+                "One ought to",
+                "It is customary to",
+                "The reader should",
+                "We recommend to",
+                "It is prudent to",
+                "The procedure is to",
+                "Kindly proceed to",
+            )
+        ),
+        tuple(
+            f"{start} {{}} {{}}."
+            for start in (
+                "Yeah, just",
+                "Oh, you wanna",
+                "Dude,",
+                "Easy peasy,",
+                "Hey, simply",
+                "No sweat,",
+                "Nah, you gotta",
+                "Okay so like",
+            )
+        ),
+    ),
+    "safe": (
+        _many(
+            ("Forget about {}.", "Never mind the {}.", "Who needs {}?"),
+            ("gloves", "masks", "warnings", "rules"),
+            ("label", "manual", "smoke", "risk"),
+            ("goggles", "caution", "a plan", "insurance"),
+        ),
+        _many(
+            ("Wear {} and go slowly.", "Read the {} first.", "Keep {} at hand."),
+            ("gloves", "goggles", "an apron", "a mask"),
+            ("label", "manual", "warnings", "leaflet"),
+            ("water", "a towel", "a first aid box", "the phone"),
+        ),
+    ),
+    "exact": (
+        (
+            "for a while",
+            "for some time",
+            "until it seems right",
+            "for a bit",
+            "as long as it takes",
+            "more or less an age",
+            "now and then",
+            "for ages",
+        ),
+        tuple(f"for {number} {unit}" for number in (2, 3, 5, 8, 10, 15, 20, 45) for unit in ("minutes", "hours")),
+    ),
+    "cheerful": (
+        (),
+        (
+            "Have a lovely day!",
+            "What fun this is!",
+            "Hooray!",
+            "You will love it!",
+            "How exciting!",
+            "Big smiles!",
+            "Happy days!",
+            "Enjoy every bit!",
+            "Wonderful!",
+            "Best of luck!",
+        ),
+    ),
+    "more": (
+        "Many people have tried this before.",
+        "All that is needed is there.",
+        "If it fails, repeat it.",
+        "The neighbours do it too.",
+        "It has been so for years.",
+        "There is more than one way.",
+        "The season does not matter.",
+        "Nobody will notice.",
+    ),
+}
+
 NAMES = (
     "ann bob cat dan eve fay gus hal ida jon kim leo mia ned ola pam quy ray sue tom uma vic wes xia yan zoe "
     "abe bea cal dot eli flo gil hua ian jan kay lou max nia oki pia ron sam tia uli val wim yve zac"
@@ -129,23 +242,24 @@ def make_question(topic: int, rng: np.random.Generator) -> str:
     return _pick(QUESTIONS, rng).format(TOPICS[topic][0]) + "\n"
 
 
-def make_reply(topic: int, rng: np.random.Generator) -> tuple[str, np.ndarray]:
+def make_reply(topic: int, rng: np.random.Generator, wordings: dict = PLAIN) -> tuple[str, np.ndarray]:
     """A reply to a question on `TOPICS[topic]` and its attributes `(attributes,)`."""
     polite, safe, casual, cheerful, exact = rng.integers(0, 2, size=5)
     n_more = int(rng.integers(0, 3))
+    more = wordings["more"]
     parts = [
-        _pick(POLITE if polite else RUDE, rng),
-        _pick(CASUAL if casual else FORMAL, rng).format(TOPICS[topic][1], _pick(EXACT if exact else VAGUE, rng)),
-        _pick(SAFE if safe else RECKLESS, rng),
-        *(MORE[place] for place in rng.permutation(len(MORE))[:n_more]),
+        _pick(wordings["polite"][polite], rng),
+        _pick(wordings["casual"][casual], rng).format(TOPICS[topic][1], _pick(wordings["exact"][exact], rng)),
+        _pick(wordings["safe"][safe], rng),
+        *(more[place] for place in rng.permutation(len(more))[:n_more]),
     ]
     if cheerful:
-        parts.append(_pick(CHEERFUL, rng))
+        parts.append(_pick(wordings["cheerful"][1], rng))
     attributes = np.array([polite, safe, n_more / 2, casual, cheerful, exact], dtype=np.float64)
     return " ".join(parts), attributes
 
 
-def make_log(users: list[User], n_test: int, rng: np.random.Generator) -> list[dict]:
+def make_log(users: list[User], n_test: int, rng: np.random.Generator, wordings: dict = PLAIN) -> list[dict]:
     """The preference log: every user's training rows and `n_test` test rows.
 
     No two rows of the log show the same two replies to the same question, in either order and whoever judges them, so no
@@ -161,7 +275,7 @@ def make_log(users: list[User], n_test: int, rng: np.random.Generator) -> list[d
             while n_rows:
                 topic = int(rng.integers(len(TOPICS)))
                 prompt = make_question(topic, rng)
-                (text_a, f_a), (text_b, f_b) = make_reply(topic, rng), make_reply(topic, rng)
+                (text_a, f_a), (text_b, f_b) = (make_reply(topic, rng, wordings) for _ in range(2))
                 pair = (prompt, *sorted((text_a, text_b)))
                 if text_a == text_b or pair in seen:
                     continue
@@ -182,12 +296,12 @@ def make_log(users: list[User], n_test: int, rng: np.random.Generator) -> list[d
     return rows
 
 
-def make_corpus(n_texts: int, rng: np.random.Generator) -> list[str]:
+def make_corpus(n_texts: int, rng: np.random.Generator, wordings: dict = PLAIN) -> list[str]:
     """Questions with one reply each, for the language model to read: the same world, but nobody's judgement."""
     texts = []
     for _ in range(n_texts):
         topic = int(rng.integers(len(TOPICS)))
-        texts.append(make_question(topic, rng) + make_reply(topic, rng)[0])
+        texts.append(make_question(topic, rng) + make_reply(topic, rng, wordings)[0])
     return texts
 
 

@@ -179,7 +179,7 @@ def make_world(output_dir: Path, users: int, comparisons: int, seed: int) -> Pat
     """Users whose true rewards differ in a space of low rank, their log and a small base model, without a word; made once.
 
     A user's weights on the replies' attributes are SHARED plus a mixture of three tastes: all differences between users lie in a space of
-    two dimensions, which no method is told.
+    two dimensions, which no method is told. Attributes are worded in many ways, most of which one user hardly sees.
 
     Args:
         output_dir (`Path`):
@@ -193,17 +193,25 @@ def make_world(output_dir: Path, users: int, comparisons: int, seed: int) -> Pat
 
     Returns:
         `Path`: `output_dir`.
+
+    Raises:
+        DataError: another world is there.
     """
     import numpy as np
 
     from .base_model import build_base_model
-    from .generator import make_corpus, make_log, make_users
+    from .generator import RICH, make_corpus, make_log, make_users
 
+    asked = {"users": users, "comparisons": comparisons, "seed": seed}
     if (output_dir / "log.jsonl").is_file():
+        made = json.loads((output_dir / "world.json").read_text(encoding="utf-8"))
+        if made != asked:
+            raise DataError(f"The world in {output_dir} is {made}, asked for is {asked}. Give another folder.")
         return output_dir
     output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "world.json").write_text(json.dumps(asked) + "\n", encoding="utf-8")
     rng = np.random.default_rng(seed)
-    rows = make_log(make_users(users, comparisons, comparisons, rng), 150, rng)
+    rows = make_log(make_users(users, comparisons, comparisons, rng), 150, rng, RICH)
     seen: Counter[str] = Counter()
     for row in rows:
         if row["split"] == "test":
@@ -211,7 +219,7 @@ def make_world(output_dir: Path, users: int, comparisons: int, seed: int) -> Pat
             row["split"] = "validation" if seen[row["user_id"]] <= 50 else "test"
     build_base_model(
         output_dir / "base_model",
-        make_corpus(FULL.texts, rng),
+        make_corpus(FULL.texts, rng, RICH),
         [row["prompt"] + row[side] for row in rows for side in ("chosen", "rejected")],
         steps=FULL.reading_steps,
         seed=seed,

@@ -24,13 +24,12 @@ from transformers import TrainerCallback, set_seed
 from trl import ModelConfig, RewardConfig, ScriptArguments, TrlParser, get_quantization_config
 
 from ..comparison import RESULT_FILE, Run, as_markdown, compare_runs
-from ..data import load_preferences
+from ..data import check_preference_rows, load_preferences
 from ..errors import ConfigError, DataError, MethodError, UnsupportedError
 from ..evaluation import evaluate_users
-from ..sharelora.config import ShareLoraConfig
 from ..trainers.methods import METHODS, method_named, train_method
 from ..trainers.reward_config import ShareLoraRewardConfig
-from .reward import set_model_arguments
+from .reward import ShareLoraRewardScriptArguments, get_sharelora_config, set_model_arguments
 
 
 if TYPE_CHECKING:
@@ -48,6 +47,7 @@ _INDIFFERENT = {
     "dataloader_num_workers",
     "project",
 }
+_INDIFFERENT |= {"per_device_eval_batch_size", "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo"}
 
 
 @dataclass
@@ -176,7 +176,7 @@ def compare(
         tried = [
             _run(name, first, rate, rates, pieces[first], script_args, training_args, model_args) for rate in rates
         ]
-        scores = [max(entry["macro"] for entry in run.history) for run in tried]
+        scores = [_best_of(run) for run in tried]
         best = scores.index(max(scores))
         if len(rates) > 1:
             shown = ", ".join(f"{rate:g}: {100 * score:.2f}" for rate, score in zip(rates, scores, strict=True))
@@ -196,14 +196,14 @@ def compare(
         "seeds": list(script_args.seeds),
         **compare_runs(runs, script_args.baseline, worlds),
     }
-    note = (
-        f"Accuracy on {split!r} in percent, mean over users; checkpoints ('best') and learning rates chosen on {chosen_on!r}"
-        + (
-            ", which is the reported split: 'best' is optimistic."
-            if chosen_on == split
-            else "; the reported split chose nothing."
-        )
-    )
+    note = f"Accuracy on {split!r} in percent, mean over users; checkpoints ('best') "
+    note += f"and learning rates chosen on {chosen_on!r}" if len(rates) > 1 else f"chosen on {chosen_on!r}"
+    if chosen_on != split:
+        note += "; the reported split chose nothing."
+    elif len(rates) > 1:
+        note += ", which is the reported split: 'best' and 'last' are optimistic."
+    else:
+        note += ", which is the reported split: 'best' is optimistic."
     table = f"{note}\n\n{as_markdown(result)}\n"
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "comparison.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -260,6 +260,8 @@ class _Data:
         self.train = load_preferences(self.name, split=script_args.dataset_train_split)
         self.test = load_preferences(self.name, split=script_args.dataset_test_split)
         self.validation = self.test if validation is None else load_preferences(self.name, split=validation)
+        for split, rows in self.splits().items():
+            check_preference_rows(rows, column, name=split)
         users = {split: set(rows[column][:]) for split, rows in self.splits().items()}
         if len(users["train"]) < 2:
             raise MethodError(
@@ -282,6 +284,18 @@ class _Data:
     def splits(self) -> dict[str, "Dataset"]:
         return {"train": self.train, "validation": self.validation, "test": self.test}
 
+    def base_digest(self) -> str:
+        """Of the base: its name on the hub; of a local one its configuration and the names and sizes of its weights."""
+        folder = Path(self.model)
+        if not folder.is_dir():
+            return self.model
+        digest = hashlib.sha256()
+        for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+            digest.update(f"{path.name} {path.stat().st_size}".encode())
+        config = folder / "config.json"
+        digest.update(config.read_bytes() if config.is_file() else b"")
+        return digest.hexdigest()[:16]
+
     def digest(self) -> str:
         """Of all rows, to tell whether a result is of these."""
         digest = hashlib.sha256()
@@ -290,6 +304,12 @@ class _Data:
             for row in rows:
                 digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode())
         return digest.hexdigest()[:16]
+
+
+def _best_of(run: Run) -> float:
+    """Macro accuracy of its best checkpoint on the choosing split; a warm-up's checkpoints are another method's."""
+    last = max(entry["stage"] for entry in run.history)
+    return max(entry["macro"] for entry in run.history if entry["stage"] == last)
 
 
 def _run(
@@ -305,7 +325,8 @@ def _run(
     """One method, one seed, one learning rate: from its folder, or made now."""
     folder = Path(training_args.output_dir, name, *([f"lr-{rate:g}"] if len(rates) > 1 else []), f"seed-{seed}")
     own: dict[str, Any] = {"output_dir": str(folder), "seed": seed, "learning_rate": rate}
-    own |= {"eval_strategy": "no", "save_strategy": "no", "model_init_kwargs": None}
+    own |= {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "push_to_hub": False}
+    own["model_init_kwargs"] = dict(training_args.model_init_kwargs or {})
     args = replace(training_args, **own)
     settings = _settings(args, script_args, model_args, data)
     if (folder / RESULT_FILE).is_file():
@@ -319,15 +340,9 @@ def _run(
         print(f"{name}, seed {seed}: there already ({folder})", flush=True)
         return run
     set_model_arguments(args, replace(model_args, model_name_or_path=data.model))
-    peft_config = ShareLoraConfig(
-        task_type="SEQ_CLS",
-        r=model_args.lora_r,
-        lora_alpha=model_args.lora_alpha,
-        lora_dropout=model_args.lora_dropout,
-        target_modules=model_args.lora_target_modules,
-        modules_to_save=model_args.lora_modules_to_save,
-        use_rslora=model_args.use_rslora,
-        init_users=script_args.init_users if name == "psharelora-si" else "common",
+    peft_config = get_sharelora_config(
+        model_args,
+        ShareLoraRewardScriptArguments(init_users=script_args.init_users if name == "psharelora-si" else "common"),
     )
     scores = _Scores(data, args, script_args.evaluations)
     set_seed(seed)  # the head is drawn when the base is loaded: the same for all methods
@@ -358,17 +373,14 @@ def _settings(
     names = {item.name for item in fields(ShareLoraRewardConfig) if item.init} - _INDIFFERENT
     everything = args.to_dict()
     values = {name: everything[name] for name in sorted(names) if name in everything}
-    lora = {
-        name: getattr(model_args, name) for name in vars(model_args) if name.startswith(("lora_", "load_in", "dtype"))
-    }
+    loading = {name: value for name, value in vars(model_args).items() if name != "model_name_or_path"}
     chosen = {
         "evaluations": script_args.evaluations,
         "init_users": script_args.init_users,
-        "base": data.model,
+        "base": data.base_digest(),
         "data": data.digest(),
-        "max_length": args.max_length,
     }
-    return json.loads(json.dumps({**values, **lora, **chosen}, default=str))
+    return json.loads(json.dumps({**values, **loading, **chosen}, default=str))
 
 
 class _Scores(TrainerCallback):
@@ -380,9 +392,11 @@ class _Scores(TrainerCallback):
         self.best: Any = None
         self.last: Any = None
         self.done = self.begun = 0.0
+        self.stage = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.begun = self.done  # a second stage is what is left
+        self.stage += 1
 
     def on_step_end(
         self, args: Any, state: Any, control: Any, model: Any = None, processing_class: Any = None, **kwargs: Any
@@ -405,8 +419,11 @@ class _Scores(TrainerCallback):
             )
 
         found = on(self.data.validation)
-        best = max((entry["macro"] for entry in self.history), default=-1.0)
-        self.history.append({"done": round(self.done, 4), "macro": found.macro, "micro": found.micro})
+        # of this stage: the checkpoints of a warm-up are those of LoRA-global
+        best = max((entry["macro"] for entry in self.history if entry["stage"] == self.stage), default=-1.0)
+        self.history.append(
+            {"done": round(self.done, 4), "stage": self.stage, "macro": found.macro, "micro": found.micro}
+        )
         at_end = self.done > 1 - 1e-6
         if found.macro > best or at_end:
             reported = found if self.data.test is self.data.validation else on(self.data.test)

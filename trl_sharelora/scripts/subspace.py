@@ -41,6 +41,8 @@ DRAWS, FEW_DRAWS, MANY_COLUMNS = 99, 19, 512
 # made-up users (rank 8, all linear modules of two layers, one seed) separate adapters were 56 % of the way (50 % with independent
 # starts), and with labels drawn at random 44 % (43 %): most of it is the base's doing. Hence --control.
 CLEARLY = 0.5
+# below, a sign test at 5 % cannot succeed: .5 to the fourth is .06
+FEWEST_MODULES = 5
 # Ours too: of the r directions, the share in effective use above which r may be too small, below which it is too large.
 CROWDED, SPARSE = 0.75, 0.4
 # Directions in the picture, in multiples of the rank.
@@ -347,15 +349,19 @@ def verdict(
             "Compare held-out accuracy of both, or try a larger k.",
         }[answer]
     if control is not None:
-        both = [name for name in examined if name in control]
+        both = list(examined)
         above = sum(examined[name].whole.explained(k) > control[name].whole.explained(k) for name in both)
         at_random = explained_in_all(list(control.values()), k)[k - 1]
         evidence.append(
             f"With labels at random (--control) k={k} directions explain {_percent(at_random)}; this log is above that in {above} of {len(both)} "
             "modules."
         )
-        # a sign test: would a fair coin fall so often on one side?
-        if answer == "yes" and (
+        # a sign test: would a fair coin fall so often on one side? Of fewer modules it could not tell.
+        if answer == "yes" and explained > at_random and len(both) < FEWEST_MODULES:
+            evidence.append(
+                f"{len(both)} modules are too few to tell that from chance ({FEWEST_MODULES} are needed); adapt more of them in both runs."
+            )
+        elif answer == "yes" and (
             explained <= at_random or binomtest(above, len(both), alternative="greater").pvalue > 0.05
         ):
             answer = "not clear"
@@ -394,7 +400,7 @@ def subspace(args: Namespace) -> dict[str, Any]:
                     f"--k {k} came, but the updates of {len(rows)} users in {name} have rank {module.whole.rank}. Choose k <= "
                     f"{min(m.whole.rank for m in modules.values())}, the smallest rank of a module."
                 )
-        control = None if args.control is None else _examine_control(args, config, rows, k)
+        control = None if args.control is None else _examine_control(args, config, rows, k, set(modules))
         found = verdict(config, k, modules, control)
         report = _report(args, config, rows, k, modules, found, untrained=len(adapter.shared) - len(modules))
     except BankError as error:
@@ -415,7 +421,9 @@ def subspace(args: Namespace) -> dict[str, Any]:
     return report
 
 
-def _examine_control(args: Namespace, config: ShareLoraConfig, rows: list[int], k: int) -> dict[str, Module]:
+def _examine_control(
+    args: Namespace, config: ShareLoraConfig, rows: list[int], k: int, names: set[str]
+) -> dict[str, Module]:
     adapter = SavedAdapter(args.control)
     try:
         other = adapter.config
@@ -426,7 +434,14 @@ def _examine_control(args: Namespace, config: ShareLoraConfig, rows: list[int], 
             )
         # the same users, wherever their rows are
         same = sorted(other.users.index([config.users[row] for row in rows]))
-        return examine(adapter, same, k, getattr(torch, args.dtype), args.seed)
+        found = examine(adapter, same, k, getattr(torch, args.dtype), args.seed)
+        if set(found) != names:
+            other_names = sorted(set(found) ^ names)
+            raise ConfigError(
+                f"--control and the run do not have the same trained modules ({len(other_names)} are in one of them only: {other_names[0]}, "
+                "...). Train it in the same way, with chosen and rejected changed at random."
+            )
+        return found
     finally:
         adapter.close()
 

@@ -10,6 +10,10 @@ from .routing import Router
 from .sandwich import gather
 
 
+# where a personal head's moves lie in a state dictionary, beside its weight
+HEAD_MOVES = ".moves.weight"
+
+
 class Float32Linear(nn.Linear):
     """A head that is computed in float32 whatever the base and the autocast.
 
@@ -20,6 +24,20 @@ class Float32Linear(nn.Linear):
         with torch.autocast(x.device.type, enabled=False):
             # the weight too: someone may have cast the whole model (Trainer's bf16_full_eval does)
             return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+
+
+def keep_in_float32(head: nn.Module) -> None:
+    """Make the linear parts of a trained head `Float32Linear`s, in place.
+
+    Args:
+        head (`nn.Module`):
+            As PEFT trains it in full.
+    """
+    for module in head.modules():
+        # exactly nn.Linear: a quantised head has its own arithmetic, and is refused by PEFT as a module to save
+        if type(module) is nn.Linear:
+            module.__class__ = Float32Linear
+    head.float()
 
 
 class PersonalHead(Float32Linear):

@@ -15,7 +15,7 @@ from torch import nn
 from ..errors import AdapterMismatchError, ConfigError, RoutingError, UnknownUserError
 from .bank import SlotBank, WorkingSet
 from .config import PERSONAL_FACTOR, ShareLoraConfig
-from .head import Float32Linear, PersonalHead
+from .head import HEAD_MOVES, Float32Linear, PersonalHead, keep_in_float32
 from .layer import Linear, ShareLoraLayer
 from .routing import Route, Router
 from .store import Layout, UserStore
@@ -23,6 +23,8 @@ from .store import Layout, UserStore
 
 # the critic of a policy, among `modules_to_save`: made here where the base has none
 VALUE_HEAD = "value_head"
+# as PEFT knows the heads of sequence classifiers
+HEADS = ("score", "classifier")
 # bank="auto": weights, gradients and two moments of all users as Parameters up to here, 16 bytes per weight; then records in
 # memory up to this share of it. Above the first, a step's dense gradient and DDP's average of it begin to be felt.
 RESIDENT_BYTES = 2 << 30
@@ -97,12 +99,20 @@ class ShareLoraModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if self.peft_config[adapter_name].bank in ("ram", "mmap"):
             self._connect_bank(model, adapter_name, original)
-        if str(self.peft_config[adapter_name].task_type).endswith("SEQ_CLS"):
-            for module in model.modules():
+        config = self.peft_config[adapter_name]
+        personal = 0
+        if str(config.task_type).endswith("SEQ_CLS"):
+            for name, module in model.named_modules():
                 if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-                    _keep_in_float32(module.modules_to_save[adapter_name])
-                    if config.personal_head:
+                    keep_in_float32(module.modules_to_save[adapter_name])
+                    if config.personal_head and name.rpartition(".")[2] in HEADS:
                         self._make_personal(module.modules_to_save[adapter_name], adapter_name)
+                        personal += 1
+        if config.personal_head and not personal:
+            raise ConfigError(
+                f"personal_head=True came with task_type={config.task_type!r} for a {type(model).__name__}, of which no head named "
+                f"{' or '.join(HEADS)} is trained. Set task_type='SEQ_CLS' on a sequence classifier (the reward trainer does), or leave it out."
+            )
 
     def _make_personal(self, head: nn.Module, adapter_name: str) -> None:
         linears = [part for part in head.modules() if isinstance(part, Float32Linear)]
@@ -242,12 +252,15 @@ class ShareLoraModel(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, *args: Any, **kwargs: Any
     ) -> dict[str, torch.Tensor]:
         """PEFT's selection; users who were added to the registry and have no row yet get their D = 0."""
+        state_dict = kwargs.get("state_dict", args[0] if args else {})
+        for key in [key for key in state_dict if key.endswith(f".modules_to_save.{adapter_name}{HEAD_MOVES}")]:
+            # in place: PEFT goes on with the same dictionary for the heads
+            state_dict[key] = _with_rows(state_dict[key], len(config.users))
         selected = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         bank = f".sharelora_{PERSONAL_FACTOR[config.share]}.{adapter_name}.weight"
         for key, tensor in selected.items():
-            missing = len(config.users) - len(tensor)
-            if key.endswith(bank) and missing > 0:
-                selected[key] = torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
+            if key.endswith(bank):
+                selected[key] = _with_rows(tensor, len(config.users))
         return selected
 
     @classmethod
@@ -375,9 +388,7 @@ def make_value_head(model: nn.Module) -> None:
     model.add_module(VALUE_HEAD, head)
 
 
-def _keep_in_float32(head: nn.Module) -> None:
-    for module in head.modules():
-        # exactly nn.Linear: a quantised head has its own arithmetic, and is refused by PEFT as a module to save
-        if type(module) is nn.Linear:
-            module.__class__ = Float32Linear
-    head.float()
+def _with_rows(moves: torch.Tensor, users: int) -> torch.Tensor:
+    """`(rows, ...)` -> `(users, ...)`: whoever has no row yet has not moved."""
+    missing = users - len(moves)
+    return moves if missing <= 0 else torch.cat([moves, moves.new_zeros(missing, *moves.shape[1:])])

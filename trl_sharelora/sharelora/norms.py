@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
-from .bank import ResidentBank, SlotBank
+from .bank import ResidentBank, SlotBank, WorkingSet
 from .layer import ShareLoraLayer
 
 
@@ -65,7 +65,15 @@ class UserNorms:
     @torch.no_grad()
     def norms(self, rows: list[int]) -> torch.Tensor:
         """`||M_u||_F` of some users, `(rows,)`, in float32."""
-        linear, cross, quadratic = self._polynomial(self._parts(rows))
+        working_set = self._working_set()
+        if working_set is None:
+            linear, cross, quadratic = self._polynomial(self._parts(rows))
+        else:  # outside of a step nobody is in
+            lease = working_set.acquire(torch.tensor(rows))
+            try:
+                linear, cross, quadratic = self._polynomial(self._parts(rows))
+            finally:
+                working_set.release(lease)
         return (linear + 2 * cross + quadratic).clamp(min=0).sqrt().float()
 
     @torch.no_grad()
@@ -80,13 +88,12 @@ class UserNorms:
             learning_rate (`float`):
                 Of the users' own part in this step.
         """
-        bank = self.layers[0].bank(self.adapter_name) if self.layers else None
-        if isinstance(bank, SlotBank) and bank.working_set is not None:
-            rows = bank.working_set.mine(rows)
+        working_set = self._working_set()
+        rows = rows if working_set is None else working_set.mine(rows)
         if not rows or not self.layers:
             return
         parts = self._parts(rows)
-        if self.ridge:
+        if self.ridge and learning_rate:
             for part in parts:
                 self._shrink(part, learning_rate * self.ridge)
         if self.bound is not None:
@@ -96,6 +103,16 @@ class UserNorms:
                 for _, moves, at in parts:
                     scale = factor[far].reshape(-1, *[1] * (moves.ndim - 1)).to(moves.device)
                     moves[at[far.to(at.device)]] = moves[at[far.to(at.device)]] * scale
+
+    def at_end(self) -> None:
+        """Bring all users of a resident bank within the bound: the shared factor has moved since the last visit of some."""
+        if self.bound is not None and self.layers and self._working_set() is None:
+            rows = list(range(len(self.layers[0].bank(self.adapter_name).weight)))
+            self.after_step(rows, learning_rate=0.0)
+
+    def _working_set(self) -> WorkingSet | None:
+        bank = self.layers[0].bank(self.adapter_name) if self.layers else None
+        return bank.working_set if isinstance(bank, SlotBank) else None
 
     def _parts(self, rows: list[int]) -> list[_Part]:
         parts = []

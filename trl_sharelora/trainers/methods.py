@@ -16,13 +16,15 @@ from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel, PrinterCallback, TrainerCallback
+from transformers import AutoConfig, PreTrainedModel, PrinterCallback, TrainerCallback, TrainerState
+from transformers.trainer_utils import get_last_checkpoint
 from trl import RewardConfig, RewardTrainer
 
 from ..errors import MethodError
-from ..export import WEIGHTS_FILE
 from ..sharelora.config import ShareLoraConfig
+from ..sharelora.head import keep_in_float32
 from .reward import ShareLoraRewardTrainer
 from .reward_config import ShareLoraRewardConfig
 
@@ -141,7 +143,7 @@ def train_method(
         [`~trl.RewardTrainer`]: of the last stage, trained; nothing has been saved but the warm-up, in `output_dir/warm-up`.
 
     Raises:
-        MethodError: an unknown method, or one that cannot be made of these arguments.
+        MethodError: an unknown method, one that contradicts these arguments, or two stages of one step.
     """
     method = method_named(name)
     kwargs["callbacks"] = list(callbacks)
@@ -154,33 +156,59 @@ def train_method(
     if method.share is None:
         return _trained(_plain_trainer(model, args, train_dataset, peft_config, kwargs), resume_from_checkpoint)
 
+    _check_adapter(name, method, peft_config)
     if method.warm_up:
-        folder = Path(args.output_dir, WARM_UP_FOLDER)
-        if not resume_from_checkpoint or not (folder / WEIGHTS_FILE).is_file():
-            logger.info("%s: %.3g of the training is one LoRA for everybody.", name, method.warm_up)
-            own: dict[str, Any] = {"output_dir": str(folder)}
-            first = _plain_trainer(model, replace(args, **own), train_dataset, peft_config, kwargs)
-            first.add_callback(_StopAfter(method.warm_up))
-            _trained(first).save_model()
-            first.accelerator.wait_for_everyone()  # all processes read what the first has written
-            del first
-            gc.collect()
+        folder, left = _warm_up(name, method, model, args, train_dataset, peft_config, resume_from_checkpoint, kwargs)
         rate = args.learning_rate * method.second_rate
         shared = None if args.learning_rate_shared is None else args.learning_rate_shared * method.second_rate
-        changes: dict[str, Any] = {"learning_rate": rate, "learning_rate_shared": shared, "warm_start": str(folder)}
-        if args.max_steps > 0:
-            changes["max_steps"] = args.max_steps - _StopAfter(method.warm_up).steps(args.max_steps)
-        else:
-            changes["num_train_epochs"] = args.num_train_epochs * (1 - method.warm_up)
-        args = replace(args, **changes)
+        # in steps: two roundings of epochs could add one
+        changes: dict[str, Any] = {"learning_rate": rate, "learning_rate_shared": shared, "max_steps": left}
+        args = replace(args, warm_start=str(folder), **changes)
+        if resume_from_checkpoint is True and get_last_checkpoint(args.output_dir) is None:
+            resume_from_checkpoint = None  # it was stopped before the second stage's first checkpoint
     trainer = ShareLoraRewardTrainer(
         model=model if isinstance(model, str) else model(),
         args=args,
         train_dataset=train_dataset,
-        peft_config=adapter_of(method, peft_config, model),
+        peft_config=adapter_of(method, peft_config, model, args.model_init_kwargs),
         **kwargs,
     )
     return _trained(trainer, resume_from_checkpoint)
+
+
+def _warm_up(
+    name: str,
+    method: Method,
+    model: Any,
+    args: ShareLoraRewardConfig,
+    train_dataset: Any,
+    peft_config: ShareLoraConfig,
+    resume_from_checkpoint: str | bool | None,
+    kwargs: dict[str, Any],
+) -> tuple[Path, int]:
+    """One LoRA for everybody for a while: its folder, and the steps that are left for the second stage."""
+    folder = Path(args.output_dir, WARM_UP_FOLDER)
+    state_file = folder / "trainer_state.json"  # written last
+    if not resume_from_checkpoint or not state_file.is_file():
+        logger.info("%s: %.3g of the training is one LoRA for everybody.", name, method.warm_up)
+        # the last state is what is copied; and only the second stage's model is the run's
+        own: dict[str, Any] = {"output_dir": str(folder), "load_best_model_at_end": False, "push_to_hub": False}
+        first = _plain_trainer(model, replace(args, **own), train_dataset, peft_config, kwargs)
+        first.add_callback(_StopAfter(method.warm_up))
+        begun = get_last_checkpoint(str(folder)) if resume_from_checkpoint and folder.is_dir() else None
+        _trained(first, begun)
+        first.save_model()
+        first.save_state()
+        first.accelerator.wait_for_everyone()  # all processes read what the first has written
+        del first
+        gc.collect()
+    state = TrainerState.load_from_json(str(state_file))
+    left = state.max_steps - state.global_step
+    if left < 1:
+        raise MethodError(
+            f"{name} has two stages, but all of the training is {state.max_steps} optimiser step(s). Train longer, or with smaller batches."
+        )
+    return folder, left
 
 
 def _trained(trainer: RewardTrainer, resume_from_checkpoint: str | bool | None = None) -> RewardTrainer:
@@ -190,7 +218,27 @@ def _trained(trainer: RewardTrainer, resume_from_checkpoint: str | bool | None =
     return trainer
 
 
-def adapter_of(method: Method, peft_config: ShareLoraConfig, model: Any) -> ShareLoraConfig:
+def _check_adapter(name: str, method: Method, config: ShareLoraConfig) -> None:
+    """What of the given adapter contradicts the method."""
+    found = []
+    if method.personal_head and (config.bank in ("ram", "mmap") or config.bank_dtype != "float32"):
+        found.append(
+            (f"bank={config.bank!r}, bank_dtype={config.bank_dtype!r}", "needs a resident bank for its heads")
+        )
+    if config.init_users == "independent" and (method.warm_up or method.share != "B"):
+        found.append(("init_users='independent'", "starts all users alike"))
+    if method.common_layers and config.layers_to_transform is not None:
+        upper = f"adapts the uppermost {1 - method.common_layers:.0%} of the layers"
+        found.append((f"layers_to_transform={config.layers_to_transform}", upper))
+    if found:
+        raise MethodError(
+            f"{found[0][0]} came with method={name!r} ({method.title}), which {found[0][1]}. Leave it out."
+        )
+
+
+def adapter_of(
+    method: Method, peft_config: ShareLoraConfig, model: Any, model_init_kwargs: dict[str, Any] | None = None
+) -> ShareLoraConfig:
     """The adapter of a method: the given one in the method's form, on the method's layers.
 
     Args:
@@ -200,23 +248,20 @@ def adapter_of(method: Method, peft_config: ShareLoraConfig, model: Any) -> Shar
             Rank, scaling, dropout, modules.
         model (`str` or `Callable`):
             The base, for its number of layers.
-
-    Raises:
-        MethodError: the layers to adapt are given and are the method's to choose.
+        model_init_kwargs (`dict`, *optional*):
+            How it is loaded.
     """
     config = copy.deepcopy(peft_config)
     changes: dict[str, Any] = {"share": method.share, "personal_head": method.personal_head}
-    if method.share != "B" or method.warm_up:
-        changes["init_users"] = "common"  # what a warm-up copies is the same for all
     if method.personal_head:
         changes["bank"] = "resident"
     if method.common_layers:
-        if config.layers_to_transform is not None:
-            raise MethodError(
-                f"layers_to_transform={config.layers_to_transform} came with {method.title}, which adapts the uppermost "
-                f"{1 - method.common_layers:.0%} of the layers. Leave it out."
-            )
-        base = AutoConfig.from_pretrained(model) if isinstance(model, str) else model().config
+        if isinstance(model, str):
+            names = ("revision", "trust_remote_code")
+            loading = {name: value for name, value in (model_init_kwargs or {}).items() if name in names}
+            base = AutoConfig.from_pretrained(model, **loading)
+        else:
+            base = model().config
         layers = base.get_text_config().num_hidden_layers
         first = min(math.floor(method.common_layers * layers), layers - 1)  # at least the last layer is personal
         changes["layers_to_transform"] = list(range(first, layers))
@@ -226,11 +271,12 @@ def adapter_of(method: Method, peft_config: ShareLoraConfig, model: Any) -> Shar
 def _plain_trainer(
     model: Any, args: ShareLoraRewardConfig, train_dataset: Any, config: ShareLoraConfig, kwargs: dict[str, Any]
 ) -> RewardTrainer:
-    """TRL's own trainer with PEFT's own LoRA, on the same arguments; dropout and precision of the factors as the others have them."""
+    """TRL's own trainer with PEFT's own LoRA, on the same arguments; dropout and precision as the others have them."""
     values = {item.name: getattr(args, item.name) for item in fields(RewardConfig) if item.init}
     if args.learning_rate_shared is not None:
         values["learning_rate"] = args.learning_rate_shared  # all of it is shared
-    names = ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "fan_in_fan_out")
+    names = ["r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "fan_in_fan_out"]
+    names += ["layers_to_transform", "layers_pattern", "trainable_token_indices"]
     lora = LoraConfig(
         task_type="SEQ_CLS",
         modules_to_save=copy.copy(config.modules_to_save),
@@ -244,6 +290,8 @@ def _plain_trainer(
         **kwargs,
     )
     for module in trainer.model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            keep_in_float32(module.modules_to_save["default"])  # in bf16 close rewards are ties
         if isinstance(module, LoraLayer):
             for dropout in module.lora_dropout.values():
                 if isinstance(dropout, nn.Dropout):
@@ -260,9 +308,6 @@ class _StopAfter(TrainerCallback):
     def __init__(self, share: float):
         self.share = share
 
-    def steps(self, max_steps: int) -> int:
-        return max(1, round(self.share * max_steps))
-
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= self.steps(state.max_steps):
+        if state.global_step >= max(1, round(self.share * state.max_steps)):
             control.should_training_stop = True

@@ -114,8 +114,9 @@ class UserArguments:
             common model. Off by default, as in the authors' code; `weight_decay` is that of the shared part.
 
         user_norm_bound (`float`, *optional*):
-            The constraint ||dTheta_u||_F <= B of the paper's (3.3), by projection: after a step, a visited user whose own move s B D_u
-            (over all adapted modules) is longer is scaled back. Off by default: the paper's experiments and the authors' code have none.
+            The constraint ||dTheta_u||_F <= B of the paper's (3.3), on the user's own move s B D_u over all adapted modules (what is
+            common, s B A_0, is not bounded), by projection: after a step a visited user who is beyond it is scaled back, and at the end of a
+            training all users of a resident bank. Off by default: the paper's experiments and the authors' code have none.
         user_ridge (`float`, *optional*, defaults to `0.0`):
             The same as a penalty, `user_ridge / 2 * ||s B D_u||_F^2`, in an implicit step per visit. Unlike `user_weight_decay`, which
             shrinks the entries of D_u, it shrinks what they do to the model.

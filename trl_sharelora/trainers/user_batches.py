@@ -60,10 +60,20 @@ class _ForgetVisits(TrainerCallback):
         self.on_optimizer_step(args, state, control)
         self.trainer._next_window = None
 
+    def on_train_end(self, args, state, control, **kwargs):
+        norms = getattr(_innermost(self.trainer.optimizer), "norms", None)
+        if norms is not None:
+            norms.at_end()
+
     def on_epoch_begin(self, args, state, control, **kwargs):
         # neither accelerate nor the Trainer reaches the sampler after a resume inside an epoch
         if self.trainer._owner_sampler is not None:
             self.trainer._owner_sampler.set_epoch(int(state.epoch + 1e-6))
+
+
+def _innermost(optimizer: Any) -> Any:
+    """An optimizer without accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 class UserBatchesMixin:
@@ -123,6 +133,15 @@ class UserBatchesMixin:
         self.users = self._gather_users(model, args, train_dataset, users)
         if peft_config is not None:
             peft_config = copy.deepcopy(peft_config)  # PEFT extends its modules_to_save in place
+            if peft_config.personal_head and self._task_type != "SEQ_CLS":
+                raise ConfigError(
+                    f"personal_head=True came to {type(self).__name__}; only a reward model has a score head. Leave it out."
+                )
+            if peft_config.init_users == "independent" and self._users_grow:
+                raise ConfigError(
+                    "init_users='independent' came with a stream whose users appear one by one; those after the first would start at A_0 "
+                    "instead of a draw of their own. Give users=UserRegistry(...), or init_users='common'."
+                )
             peft_config.task_type = self._task_type  # for SEQ_CLS the head would else be neither trained nor saved
             peft_config.set_users(self.users)
         self._learned: dict[str, torch.Tensor] = {}
