@@ -3,12 +3,15 @@
 import json
 import os
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from helpers import preference_rows, save_tiny
 
 from trl_sharelora.cli import main
 from trl_sharelora.comparison import Run
+from trl_sharelora.data import load_preferences
+from trl_sharelora.demo.base_model import make_model, make_tokenizer
 from trl_sharelora.demo.tasks import make_world
 from trl_sharelora.errors import DataError
 from trl_sharelora.scripts import compare
@@ -175,3 +178,30 @@ def test_one_user_and_users_without_comparisons(base, tmp_path, capsys):
     alone = [row for row in rows if row["user_id"] == "ann"]
     assert main(arguments(base, write(tmp_path / "b.jsonl", alone), tmp_path / "b", **changes)) == 2
     assert "has 1 user(s) to train on; there is nothing to share" in capsys.readouterr().err
+
+
+def test_real_comparisons_of_the_busiest_people(tmp_path, capsys):
+    """The path of the TL;DR experiment on votes of real people: the five busiest, capped to the least busy of them."""
+    source = Path(__file__).parents[2] / "shared" / "data" / "polis_bowling_green.small.jsonl.gz"
+    if not source.is_file():
+        pytest.skip(f"{source} is not here; the data are not part of this repository")
+    rows = load_preferences(source).to_list()
+    busiest = [user for user, _ in Counter(row["user_id"] for row in rows if row["split"] == "train").most_common(5)]
+    kept = []
+    for split in ("train", "validation", "test"):
+        parts = [[row for row in rows if row["user_id"] == user and row["split"] == split] for user in busiest]
+        cap = min(40, *map(len, parts))
+        kept += [{**row, "prompt": "Which do you agree with? "} for part in parts for row in part[:cap]]
+    tokenizer = make_tokenizer([row["prompt"] + row[side] for row in kept for side in ("chosen", "rejected")])
+    tokenizer.save_pretrained(tmp_path / "base")
+    make_model(tokenizer, hidden_size=32).save_pretrained(tmp_path / "base")
+    names = ["meta", *(name for name in kept[0] if name not in ("user_id", "prompt", "chosen", "rejected", "split"))]
+    rows = [{name: value for name, value in row.items() if name not in names} for row in kept]
+    changes = dict(methods=["lora-global", "psharelora-wu"], seeds=[1, 2], num_train_epochs=2, learning_rate=1e-3)
+    command = arguments(str(tmp_path / "base"), write(tmp_path / "five.jsonl", rows), tmp_path / "out", **changes)
+    assert main(command) == 0
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    tested = Counter(row["user_id"] for row in kept if row["split"] == "test")
+    for cells in found["methods"].values():
+        assert {user: cell["n"] for user, cell in cells["last"]["users"].items()} == dict(tested) and len(tested) == 5
+    assert found["gains"]["psharelora-wu"]["best"]["comparisons"] is not None

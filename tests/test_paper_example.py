@@ -22,7 +22,7 @@ from trl_sharelora.errors import DataError
 
 
 FOLDER = Path(__file__).parent.parent / "examples" / "paper"
-CONFIGS = sorted(FOLDER.glob("*.yaml"))
+CONFIGS = sorted(FOLDER.glob("tldr_*.yaml"))
 METHODS = ["share-rep", "lora-global", "lora-local", "psharelora-si", "psharelora-g", "psharelora-wu"]
 METHODS += ["share-a", "kernel", "svd"]
 

@@ -460,3 +460,18 @@ def test_without_matplotlib_there_are_numbers(tmp_path, monkeypatch, capsys):
     subspace(arguments(tmp_path / "run", "--output_dir", tmp_path / "out"))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["spectrum.json"]
     assert "trl-sharelora[report]" in capsys.readouterr().out
+
+
+def test_a_control_that_cannot_tell(tmp_path):
+    """Of two modules no sign test could: the answer stays, and says so. Of other modules nothing can be compared."""
+    two = ["q_proj"]
+    local(tmp_path / "run", spread=0.3, targets=two)
+    local(tmp_path / "apart", spread=math.inf, targets=two)
+    found = answer(tmp_path / "run", "--control", tmp_path / "apart")
+    assert (
+        found["answer"] == "yes"
+        and "2 modules are too few to tell that from chance (5 are needed)" in found["evidence"][-1]
+    )
+    local(tmp_path / "other", spread=math.inf, targets=["v_proj"])
+    with pytest.raises(ConfigError, match="do not have the same trained modules .4 are in one of them only"):
+        answer(tmp_path / "run", "--control", tmp_path / "other")

@@ -77,6 +77,8 @@ class CompareScriptArguments(ScriptArguments):
         world (`str`, *optional*):
             `"tastes"`: instead of named data and base, make users whose true rewards lie in a space of three dimensions, their
             comparisons and a small base, anew for each seed.
+        world_seed (`int`, *optional*):
+            One world of this seed for all seeds, which then are those of training alone.
         world_users (`int`, *optional*, defaults to `24`), world_comparisons (`int`, *optional*, defaults to `100`):
             Size of that world; comparisons per user for training.
     """
@@ -116,6 +118,9 @@ class CompareScriptArguments(ScriptArguments):
         metadata={
             "help": "'tastes': make users with known low-rank rewards, comparisons and a small base, anew for each seed."
         },
+    )
+    world_seed: int | None = field(
+        default=None, metadata={"help": "One world of this seed for all seeds, instead of one for each."}
     )
     world_users: int = field(default=24, metadata={"help": "Users of that world."})
     world_comparisons: int = field(default=100, metadata={"help": "Their comparisons for training, each."})
@@ -166,7 +171,8 @@ def compare(
     output_dir = Path(training_args.output_dir)
     runs: dict[str, list[Run]] = {}
     rates = script_args.learning_rates or [training_args.learning_rate]
-    worlds = script_args.world != "none" or "{seed}" in (script_args.dataset_name or "")
+    own_world = script_args.world != "none" and script_args.world_seed is None
+    worlds = own_world or "{seed}" in (script_args.dataset_name or "")
     pieces = {seed: _Data(script_args, model_args, training_args, seed, output_dir) for seed in script_args.seeds}
     chosen_on = script_args.dataset_validation_split or script_args.dataset_test_split
     if script_args.world != "none":
@@ -247,9 +253,9 @@ class _Data:
         if script_args.world != "none":
             from ..demo.tasks import make_world
 
-            folder = make_world(
-                output_dir / f"world-{seed}", script_args.world_users, script_args.world_comparisons, seed
-            )
+            of_world = seed if script_args.world_seed is None else script_args.world_seed
+            where = output_dir / f"world-{of_world}"
+            folder = make_world(where, script_args.world_users, script_args.world_comparisons, of_world)
             self.name, self.model, validation = str(folder / "log.jsonl"), str(folder / "base_model"), "validation"
         else:
             if not script_args.dataset_name or not model_args.model_name_or_path:
