@@ -4,7 +4,8 @@
 
 Each folder holds the comparison.json of one base model; its name is found from the model's id if it is one of the
 paper's. Beside ours stand the paper's own bars, hatched and pale, from published.json; `--no-published` leaves them
-out. A method that was not run leaves a gap that says so.
+out. A method that was not run leaves a gap that says so; `"Llama-3 8B="`, without a folder, is a base model of the paper that was
+not run at all.
 
 Figure 1: mean accuracy over the labelers, one group for each base model, one colour for each method.
 Figure 2: accuracy of each labeler and the mean, one colour for each method (the paper has it for Llama-3 8B only).
@@ -264,6 +265,8 @@ def labeler_series(
             f"Figure {figure} has bars for each labeler and {name} has {len(users)}; at most {MOST_LABELERS} can be read."
         )
     found = paper_of(name, published)
+    if found and not comparison["methods"]:
+        users = [str(number) for number in range(5)]
     bars = (found[1].get(f"figure_{figure}") or {}) if found and len(users) == 5 else {}
     methods = {"share-a": "share-a", "share-b": "psharelora-wu"} if figure == 3 else {key: key for key in IN_FIGURE_2}
     series = []
@@ -432,7 +435,14 @@ def read_all(named: list[str]) -> dict[str, dict[str, Any]]:
         name, equals, folder = text.partition("=")
         if not equals or Path(text).is_dir():
             name, folder = "", text
-        comparison = read_comparison(folder)
+        if name and not folder:
+            if paper_of(name, published) is None:
+                raise DataError(
+                    f"{text!r} names no folder, which stands for a base model of the paper that was not run; it has {', '.join(published['models'])}."
+                )
+            comparison: dict[str, Any] = {"model": name, "methods": {}}
+        else:
+            comparison = read_comparison(folder)
         if not name:
             model = str(comparison.get("model", "model")).rstrip("/")
             found = paper_of(model, published)
@@ -445,7 +455,9 @@ def read_all(named: list[str]) -> dict[str, dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", metavar="OUT", help="output folder of a comparison, or NAME=FOLDER")
+    parser.add_argument(
+        "runs", nargs="+", metavar="OUT", help="output folder of a comparison, NAME=FOLDER, or NAME= (not run)"
+    )
     parser.add_argument(
         "--published", action=argparse.BooleanOptionalAction, default=True, help="the paper's bars beside ours"
     )
