@@ -1,8 +1,11 @@
 """A user leaves a saved adapter, and users come to a model: one row is touched, all others stay bit by bit what they were."""
 
 import json
+import logging
 import os
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
@@ -20,11 +23,22 @@ from trl_sharelora import (
     export_user,
     use_users,
 )
-from trl_sharelora.errors import AdapterMismatchError, BankBusyError, RoutingError, UnknownUserError, UserIdError
-from trl_sharelora.forget import forget_user
+from trl_sharelora.data import tokenize_preference
+from trl_sharelora.errors import (
+    AdapterMismatchError,
+    BankBusyError,
+    ConfigError,
+    DataError,
+    NonFiniteError,
+    RoutingError,
+    UnknownUserError,
+    UserIdError,
+)
+from trl_sharelora.forget import forget_user, measure_influence
 from trl_sharelora.new_users import add_users
 from trl_sharelora.sharelora import ShareLoraAdamW, get_router
 from trl_sharelora.sharelora.store import UserStore, read_manifest
+from trl_sharelora.users import Pseudonym
 
 
 KINDS = ("resident", "ram", "mmap")
@@ -32,7 +46,7 @@ USERS = ["ann-a9f3", "bob-77c1", "cat-e0d2"]  # not to be found in any file by a
 BOB = 1
 
 
-def train(directory, kind, share="B", **overrides):
+def train(directory, kind, share="B", users=None, adapter=None, **overrides):
     rows = preference_rows(users=USERS, n=12)
     settings = dict(max_steps=12, save_steps=6, per_device_train_batch_size=2, learning_rate=1e-2, logging_steps=1)
     trainer = ShareLoraRewardTrainer(
@@ -41,12 +55,20 @@ def train(directory, kind, share="B", **overrides):
             str(directory), bf16=False, use_cpu=True, report_to="none", disable_tqdm=True, **(settings | overrides)
         ),
         train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows[:6]),
         processing_class=tiny_tokenizer(),
+        users=users,
         peft_config=ShareLoraConfig(
-            r=4, target_modules=["q_proj", "down_proj"], bank=kind, share=share, init_lora_weights=False
+            r=4,
+            target_modules=["q_proj", "down_proj"],
+            bank=kind,
+            share=share,
+            init_lora_weights=False,
+            **(adapter or {}),
         ),
     )
     trainer.train()
+    trainer.evaluate()
     trainer.save_model()
     for working_set in trainer.router.working_sets.values():
         working_set.store.close()  # this run is over
@@ -85,17 +107,22 @@ def test_nothing_of_a_forgotten_user_is_left_and_nobody_else_notices(kind, share
     rows_before = {folder: personal(folder, share) for folder in folders}
     states = {f: torch.load(f / "optimizer.pt", weights_only=True)["state"] for f in folders[1:]}
 
-    assert forget_user(tmp_path, "bob-77c1") == tmp_path
+    report = forget_user(tmp_path, "bob-77c1")
 
     for path in files(tmp_path):
         assert b"bob-77c1" not in path.read_bytes(), path
     assert {path for path in bytes_before if not path.exists()} == set()
+    assert report.adapters == folders and report.left == [] and report.influence is None
     changed = {
         path.relative_to(tmp_path).parts[-1] for path in files(tmp_path) if path.read_bytes() != bytes_before[path]
     }
     moments = {"optimizer.pt"} if kind == "resident" else set()
+    (table,) = report.tables
+    assert table == tmp_path / "users" / "eval-step-12.parquet"
+    assert pd.read_parquet(table)["user_id"].tolist() == ["ann-a9f3", "cat-e0d2"]
     assert {name.split("-")[0] for name in changed} == {
         "users.json",
+        "eval",
         *moments,
         "adapter_model.safetensors" if kind == "resident" else "rows",
     }
@@ -216,6 +243,7 @@ def test_cut_off_and_called_again(kind, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             forget_user(tmp_path, "bob-77c1")
     left = [path for path in files(tmp_path) if b"bob-77c1" in path.read_bytes()]
+    assert "bob-77c1" not in set(pd.read_parquet(tmp_path / "users" / "eval-step-12.parquet")["user_id"])
     assert [path.name for path in left] == ["users.json"] * 2
     forget_user(tmp_path, "bob-77c1")
     assert not any(b"bob-77c1" in path.read_bytes() for path in files(tmp_path))
@@ -238,6 +266,347 @@ def test_a_training_at_work_is_not_interfered_with_and_a_killed_ones_leftovers_g
     assert left.exists()
     forget_user(tmp_path, "bob-77c1")
     assert not (tmp_path / "_working-bank").exists()
+
+
+# -- every trace
+
+
+def traces(directory, kind, row=BOB):
+    """What was his in the files, as bytes: rows of all banks and heads, moments."""
+    found = []
+    for folder in [directory, *sorted(directory.glob("checkpoint-*"))]:
+        tensors = load_file(folder / "adapter_model.safetensors")
+        his = [t[row] for name, t in tensors.items() if t.ndim > 2 or name.endswith("moves.weight")]
+        state = torch.load(folder / "optimizer.pt", weights_only=True)["state"] if folder != directory else {}
+        his += [t[row] for m in state.values() if m["step"].shape == (3,) for k, t in m.items() if k != "step"]
+        if kind != "resident":
+            store = UserStore(model_layout(load(folder)), kind, UserRegistry.load(folder).registry_id)
+            store.load(folder / "bank", 3)
+            his.append(store.read([row])[0])
+        found += [tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in his if tensor.any()]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "adapter"), [("resident", {"personal_head": True}), ("resident", {"share": "none"}), ("mmap", {})]
+)
+def test_the_bytes_of_his_row_are_nowhere(kind, adapter, tmp_path):
+    adapter = dict(adapter)
+    train(tmp_path, kind, adapter.pop("share", "B"), adapter=adapter)
+    his, hers = traces(tmp_path, kind), traces(tmp_path, kind, row=0)
+    content = b"".join(path.read_bytes() for path in files(tmp_path))
+    modules = 2 * 2  # q_proj and down_proj of two layers
+    expected = 3 if kind == "mmap" else (modules + bool(adapter)) * (3 + 2 * 2)
+    assert len(his) == len(hers) == expected and all(some in content for some in his + hers)
+    forget_user(tmp_path, "bob-77c1")
+    content = b"".join(path.read_bytes() for path in files(tmp_path))
+    for some in his:
+        assert some not in content and some[: len(some) // 2] not in content
+    assert all(some in content for some in hers)
+
+
+def test_a_personal_head_is_forgotten_too(tmp_path):
+    train(tmp_path, "resident", adapter={"personal_head": True})
+    name = "base_model.model.score.moves.weight"
+    before = load_file(tmp_path / "adapter_model.safetensors")[name].clone()
+    common = scores(load(tmp_path), ["nobody"] * 3, "common")
+    forget_user(tmp_path, "bob-77c1")
+    after = load_file(tmp_path / "adapter_model.safetensors")[name]
+    assert before[BOB].any() and not after[BOB].any() and torch.equal(after[[0, 2]], before[[0, 2]])
+    assert torch.equal(scores(load(tmp_path), torch.full((3,), BOB)), common)
+
+
+def test_tables_of_all_kinds_lose_his_lines_and_nothing_else(tmp_path):
+    share_model(users=["ann-a9f3", "bob-77c1", "12345"]).save_pretrained(tmp_path)
+    ids = ["ann-a9f3", "bob-77c1", "cat", "bob-77c1"]
+    frame = pd.DataFrame({"user_id": ids, "n": [1, 2, 3, 4], "accuracy": [0.1, np.nan, 0.3, 0.4]}, index=[5, 6, 7, 8])
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    frame.to_parquet(tmp_path / "users.parquet", index=False)
+    frame.to_parquet(tmp_path / "runs" / "margins.parquet")  # with its index
+    frame.astype({"user_id": "category"}).to_parquet(tmp_path / "runs" / "a" / "categories.parquet")
+    frame[frame["user_id"] == "bob-77c1"].to_parquet(tmp_path / "runs" / "only-his.parquet", index=False)
+    untouched = {"others.parquet": frame[frame["user_id"] == "cat"], "no-ids.parquet": frame[["n"]]}
+    for name, other in untouched.items():
+        other.to_parquet(tmp_path / name)
+    before = {name: (tmp_path / name).read_bytes() for name in untouched}
+    os.chmod(tmp_path / "users.parquet", 0o640)
+    report = forget_user(tmp_path, "bob-77c1")
+    assert {str(path.relative_to(tmp_path)) for path in report.tables} == {
+        "users.parquet",
+        "runs/margins.parquet",
+        "runs/a/categories.parquet",
+        "runs/only-his.parquet",
+    }
+    assert os.stat(tmp_path / "users.parquet").st_mode & 0o777 == 0o640
+    rest = frame[frame["user_id"] != "bob-77c1"]
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "users.parquet"), rest.reset_index(drop=True))
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "runs" / "margins.parquet"), rest)
+    assert pd.read_parquet(tmp_path / "runs" / "a" / "categories.parquet")["user_id"].astype(str).tolist() == [
+        "ann-a9f3",
+        "cat",
+    ]
+    assert len(pd.read_parquet(tmp_path / "runs" / "only-his.parquet")) == 0
+    assert {name: (tmp_path / name).read_bytes() for name in untouched} == before
+    assert not any(b"bob-77c1" in path.read_bytes() for path in files(tmp_path))
+    assert "lines in 4 table(s)" in str(report) and "training again without his" in str(report)
+    pd.DataFrame({"user_id": [12345, 6]}).to_parquet(tmp_path / "numbers.parquet")
+    assert forget_user(tmp_path, 12345).tables == [tmp_path / "numbers.parquet"]
+    assert pd.read_parquet(tmp_path / "numbers.parquet")["user_id"].tolist() == [6]
+    # scored as an unseen user, he is in a table and in no adapter
+    report = forget_user(tmp_path, "cat")
+    assert report.adapters == [] and tmp_path / "others.parquet" in report.tables
+    with pytest.raises(UnknownUserError, match="'cat'"):
+        forget_user(tmp_path, "cat")
+
+
+def test_a_table_that_cannot_be_read_stops_it_before_anything_is_written(tmp_path):
+    share_model().save_pretrained(tmp_path)
+    (tmp_path / "users.parquet").write_bytes(b"PAR1 torn")
+    before = {path: path.read_bytes() for path in files(tmp_path)}
+    with pytest.raises(DataError, match="users.parquet cannot be read .* not known whether he is in it"):
+        forget_user(tmp_path, "bob")
+    assert {path: path.read_bytes() for path in files(tmp_path)} == before
+
+
+def test_what_it_does_not_know_and_names_him_is_said(tmp_path):
+    share_model(users=["ann", "bob-77c1", "eve"]).save_pretrained(tmp_path)
+    (tmp_path / "notes.txt").write_text("call bob-77c1 back")
+    (tmp_path / "short.json").write_text('{"users": {"eve": 1, "never": 2}}')
+    (tmp_path / "empty.txt").write_text("")
+    report = forget_user(tmp_path, "bob-77c1")
+    assert report.left == [tmp_path / "notes.txt"]
+    assert "His id still stands in 1 file(s) that are not this package's to change: notes.txt." in str(report)
+    assert forget_user(tmp_path, "eve").left == [tmp_path / "short.json"]
+    assert forget_user(tmp_path, "ann").left == []
+
+
+def test_adapters_beside_it_and_what_a_save_that_was_cut_off_left_are_seen_to(tmp_path):
+    model = share_model(bank="mmap", personal_head=False)
+    model.add_adapter("second", share_config(share="AB"))
+    model.save_pretrained(tmp_path)
+    bank = tmp_path / "bank"
+    get_router(model).working_sets["default"].store.write(
+        [1], torch.ones(1, read_manifest(bank)["record_bytes"], dtype=torch.uint8)
+    )
+    get_router(model).working_sets["default"].store.save_segments(bank)  # and no manifest
+    named = {segment["file"] for segment in read_manifest(bank)["segments"]}
+    assert {path.name for path in bank.glob("rows-*")} > named
+    report = forget_user(tmp_path, "bob")
+    assert report.adapters == [tmp_path, tmp_path / "second"]
+    assert {path.name for path in bank.glob("rows-*")} == named
+    assert all(UserRegistry.load(folder).ids[1] is None for folder in report.adapters)
+    assert not load_file(tmp_path / "second" / "adapter_model.safetensors")[
+        "base_model.model.model.layers.0.self_attn.q_proj.sharelora_C.weight"
+    ][1].any()
+
+
+# -- pseudonyms
+
+
+KEY = b"0123456789abcdef0123456789abcdef"
+
+
+@pytest.mark.parametrize("kind", ["resident", "ram"])
+def test_a_pseudonymous_training_has_raw_ids_in_no_file_and_no_record(kind, tmp_path, caplog, monkeypatch, capsys):
+    rows = preference_rows(users=USERS, n=12)
+    stranger = Dataset.from_list([{**row, "user_id": "eve-9d1c"} for row in rows[:2]])
+
+    def again(unseen):
+        return ShareLoraRewardTrainer(
+            load(tmp_path, is_trainable=True).train(),
+            ShareLoraRewardConfig(str(tmp_path / "again"), unseen=unseen, bf16=False, use_cpu=True, report_to="none"),
+            train_dataset=Dataset.from_list(rows),
+            eval_dataset=stranger,
+            processing_class=tiny_tokenizer(),
+        )
+
+    for name in ("transformers", "datasets", "trl", "accelerate", "peft"):  # they keep their records to themselves
+        logger = logging.getLogger(name)
+        monkeypatch.setattr(logger, "handlers", [*logger.handlers, caplog.handler])
+        monkeypatch.setattr(logger, "level", logging.DEBUG)
+        logger.manager._clear_cache()
+    with caplog.at_level(logging.DEBUG):
+        train(tmp_path, kind, users=UserRegistry(key=KEY))
+        monkeypatch.setenv("SHARELORA_USER_KEY", KEY.decode())
+        with pytest.raises(UnknownUserError) as raised:
+            again("raise")
+        again("common").evaluate()
+        monkeypatch.delenv("SHARELORA_USER_KEY")
+    logging.getLogger().manager._clear_cache()
+    said = "".join(
+        [
+            *(record.getMessage() + str(record.args) for record in caplog.records),
+            str(raised.value),
+            *capsys.readouterr(),
+        ]
+    )
+    tables = sorted(tmp_path.rglob("*.parquet"))
+    assert len(tables) == 1 and {record.name.split(".")[0] for record in caplog.records} >= {
+        "transformers",
+        "datasets",
+        "trl_sharelora",
+    }
+    registry = UserRegistry.load(tmp_path, key=KEY)
+    for table in tables:
+        assert pd.read_parquet(table)["user_id"].tolist() == registry.ids
+    for user_id in [*USERS, "eve-9d1c"]:
+        assert user_id not in said
+        for path in files(tmp_path):
+            assert user_id.encode() not in path.read_bytes() and user_id not in str(path)
+    assert all(KEY not in path.read_bytes() for path in files(tmp_path))
+
+    # loaded without the key, it is used by row; with it, by id
+    model = load(tmp_path)
+    by_row = scores(model, torch.tensor([0, 1, 2]))
+    with pytest.raises(ConfigError, match="without the key"):
+        scores(model, USERS)
+    model.peft_config["default"].users.unlock(KEY)
+    assert torch.equal(scores(model, USERS), by_row)
+    add_users(model, ["fay-51aa"])
+    model.save_pretrained(tmp_path / "more")
+    assert UserRegistry.load(tmp_path / "more", key=KEY).index(["fay-51aa"]) == [3]
+    export_user(model, "bob-77c1", tmp_path / "export")
+    assert not any(b"fay-51aa" in p.read_bytes() or b"bob-77c1" in p.read_bytes() for p in files(tmp_path))
+
+
+def test_a_pseudonymous_user_is_forgotten_by_id_with_the_key_and_by_pseudonym_without(tmp_path, monkeypatch):
+    train(tmp_path, "resident", users=UserRegistry(key=KEY))
+    bob, cat = UserRegistry(key=KEY).names(["bob-77c1", "cat-e0d2"])
+    before = {path: path.read_bytes() for path in files(tmp_path)}
+    with pytest.raises(ConfigError, match="without the key"):
+        forget_user(tmp_path, "bob-77c1")
+    with pytest.raises(ConfigError, match="is not the one"):
+        forget_user(tmp_path, "bob-77c1", key=KEY[::-1])
+    with pytest.raises(UnknownUserError) as raised:
+        forget_user(tmp_path, "eve-9d1c", key=KEY)
+    assert "eve-9d1c" not in str(raised.value)
+    assert {path: path.read_bytes() for path in files(tmp_path)} == before
+    report = forget_user(tmp_path, "bob-77c1", key=KEY)
+    assert len(report.adapters) == 3 and len(report.tables) == 1 and report.left == []
+    assert not any(bob.encode() in path.read_bytes() for path in files(tmp_path))
+    assert bob not in set(pd.read_parquet(report.tables[0])["user_id"])
+    assert UserRegistry.load(tmp_path, key=KEY).find(USERS) == [0, -1, 2]
+    assert len(forget_user(tmp_path, Pseudonym(cat)).adapters) == 3
+    monkeypatch.setenv("SHARELORA_USER_KEY", KEY.decode())
+    forget_user(tmp_path, "ann-a9f3")
+    assert UserRegistry.load(tmp_path).ids == [None] * 3
+
+
+# -- what stays
+
+
+def pulls_by_hand(model, rows, shared):
+    """Per user the gradient of his summed loss with respect to some parameters, a comparison at a time without padding."""
+    found = {}
+    for row in rows:
+        tokens = tokenize_preference(row, tiny_tokenizer())
+        rewards = []
+        for side in ("chosen_ids", "rejected_ids"):
+            with use_users(model, [row["user_id"]]):
+                rewards.append(model(input_ids=torch.tensor([tokens[side]])).logits.squeeze().double())
+        loss = torch.log1p(torch.exp(rewards[1] - rewards[0]))
+        gradient = torch.cat([g.flatten().double() for g in torch.autograd.grad(loss, shared)])
+        found[row["user_id"]] = found.get(row["user_id"], 0) + gradient
+    return found
+
+
+def influence_model(**overrides):
+    model = share_model(**overrides).eval()
+    model.config.pad_token_id = tiny_tokenizer().pad_token_id
+    return model
+
+
+def influence(model, rows, user_id="bob", **overrides):
+    return measure_influence(model, Dataset.from_list(rows), user_id, tiny_tokenizer(), **overrides)
+
+
+@pytest.mark.parametrize(
+    ("share", "common", "overrides"),
+    [("B", True, {}), ("B", False, {}), ("A", False, {}), ("AB", False, {}), ("B", False, {"bank": "ram"})],
+)
+def test_influence_is_what_a_slow_loop_finds(share, common, overrides):
+    model = influence_model(share=share, train_common=common, **overrides)
+    rows = preference_rows(users=["ann", "bob", "cat"], n=11)
+    named = dict(model.named_parameters())
+    factors = {"B": ["B"], "A": ["A"], "AB": ["A", "B"]}[share] + ["common"] * common
+    own = {name: p for name, p in named.items() if any(f".sharelora_{f}." in name for f in factors)}
+    head = {name: p for name, p in named.items() if "modules_to_save" in name}
+    assert own and head
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trained = [name for name, p in named.items() if p.requires_grad]
+    result = influence(model, rows, batch_size=2)
+    assert [name for name, p in named.items() if p.requires_grad] == trained
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(p.grad is None for p in named.values())
+    assert (result.comparisons, result.all_comparisons, result.users) == (4, 11, 3)
+    assert result.parts["part"].tolist() == ["shared factors", "head", "all"]
+    for line, shared in zip(result.parts.to_dict("records"), (own, head, own | head), strict=True):
+        for parameter in shared.values():
+            parameter.requires_grad_(True)
+        pulls = pulls_by_hand(model, rows, list(shared.values()))
+        norm = {user: pull.norm().item() for user, pull in pulls.items()}
+        rest = pulls["ann"] + pulls["cat"]
+        assert line["norm_share"] == pytest.approx(norm["bob"] / sum(norm.values()), rel=1e-3)
+        assert line["per_comparison"] == pytest.approx((norm["bob"] / 4) / ((norm["ann"] + norm["cat"]) / 7), rel=1e-3)
+        assert line["cosine"] == pytest.approx(torch.cosine_similarity(pulls["bob"], rest, dim=0).item(), abs=1e-3)
+
+
+def test_who_says_the_same_as_another_pulls_as_he_does_and_who_says_it_often_pulls_more():
+    model = influence_model()
+    for module in model.modules():
+        if hasattr(module, "bank"):
+            module.bank("default").weight.data.zero_()  # all users alike
+    said = preference_rows(users=["ann"], n=3)
+    as_ann = [{**row, "user_id": "bob"} for row in said]
+    alike = influence(model, said + as_ann).parts.iloc[-1]
+    assert alike["norm_share"] == pytest.approx(0.5, abs=1e-4)
+    assert alike["per_comparison"] == pytest.approx(1, abs=1e-4) and alike["cosine"] == pytest.approx(1, abs=1e-4)
+    often = influence(model, said + 3 * as_ann).parts.iloc[-1]
+    assert often["norm_share"] == pytest.approx(0.75, abs=1e-4) and often["per_comparison"] == pytest.approx(
+        1, abs=1e-4
+    )
+
+
+def test_where_nothing_is_shared_nothing_has_learned_from_him():
+    model = influence_model(share="none", personal_head=True, train_common=False)
+    result = influence(model, preference_rows(users=["ann", "bob"], n=4))
+    assert result.parts is None and "Nothing is shared" in str(result) and result.as_dict()["parts"] is None
+    alone = influence(influence_model(), preference_rows(users=["bob"], n=2)).parts.iloc[-1]
+    assert alone["norm_share"] == 1 and np.isnan(alone["cosine"]) and np.isnan(alone["per_comparison"])
+
+
+def test_influence_is_measured_before_he_is_gone_and_what_cannot_be_measured_stops_it(tmp_path):
+    train(tmp_path, "resident")
+    tiny_model().save_pretrained(tmp_path / "base")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": str(tmp_path / "base")})
+    )
+    rows = preference_rows(users=USERS, n=12)
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    before = {path: path.read_bytes() for path in files(tmp_path)}
+    strangers = Dataset.from_list([row for row in rows if row["user_id"] != "bob-77c1"])
+    with pytest.raises(DataError, match="None of the 8 comparisons .* is of the user 'bob-77c1'"):
+        forget_user(tmp_path, "bob-77c1", report_influence=strangers, device="cpu")
+    assert {path: path.read_bytes() for path in files(tmp_path)} == before
+    loaded = load(tmp_path)
+    loaded.config.pad_token_id = tiny_tokenizer().pad_token_id
+    expected = influence(loaded, rows, "bob-77c1")
+    report = forget_user(tmp_path, "bob-77c1", report_influence=tmp_path / "train.jsonl", device="cpu", batch_size=3)
+    pd.testing.assert_frame_equal(report.influence.parts, expected.parts, rtol=1e-4)
+    assert "'bob-77c1' gave 4 of 12 comparisons (33.3%) of 3 users." in str(report)
+    assert "First order only" in str(report) and json.dumps(report.influence.as_dict(), allow_nan=False)
+    assert report.left == [tmp_path / "train.jsonl"]  # the data are not ours to change
+    with pytest.raises(TypeError, match="batch_size came without report_influence"):
+        forget_user(tmp_path, "ann-a9f3", batch_size=3)
+
+
+def test_a_gradient_that_is_not_finite_is_named():
+    model = influence_model()
+    with torch.no_grad():
+        next(module for module in model.modules() if hasattr(module, "bank")).bank("default").weight[2] = float("nan")
+    with pytest.raises(NonFiniteError, match="of user 'cat'"):
+        influence(model, preference_rows(users=["ann", "bob", "cat"], n=6))
 
 
 # -- new users
@@ -329,3 +698,27 @@ def test_a_second_adapter_gets_them_too(tmp_path):
     for folder in (tmp_path, tmp_path / "second"):
         assert len(UserRegistry.load(folder)) == 5
         assert scores(load(folder), ["eve", "ann"]).isfinite().all()
+
+
+def test_what_is_said_and_written_of_long_rows_and_in_evaluations_are_pseudonyms(tmp_path, caplog):
+    rows = preference_rows(users=USERS, n=12)
+    longest = [max(map(len, tokenize_preference(row, tiny_tokenizer()).values())) for row in rows]
+    with caplog.at_level(logging.WARNING):
+        train(tmp_path, "resident", users=UserRegistry(key=KEY), max_length=max(longest) - 1)
+    users = UserRegistry.load(tmp_path, key=KEY)
+    assert "Most affected: 'u-" in caplog.text
+    model = load(tmp_path)
+    model.peft_config["default"].users.unlock(KEY)
+    model.config.pad_token_id = tiny_tokenizer().pad_token_id
+    strangers = [{**row, "user_id": "eve-9d1c"} for row in rows[:2]]
+    result = evaluate_users(
+        model,
+        Dataset.from_list(rows + strangers),
+        tiny_tokenizer(),
+        unseen="common",
+        max_length=max(longest) - 1,
+    )
+    names = [*users.ids, *users.names(["eve-9d1c"])]
+    assert result.table["user_id"].tolist() == names and set(result.rows["user_id"]) == set(names)
+    for user_id in [*USERS, "eve-9d1c"]:
+        assert user_id not in caplog.text and user_id not in str(result)

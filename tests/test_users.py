@@ -1,6 +1,7 @@
 """The registry of users: what is an id, who keeps which row, and what is refused."""
 
 import copy
+import hashlib
 import json
 import os
 import pickle
@@ -19,8 +20,8 @@ from hypothesis import strategies as st
 
 import trl_sharelora
 from trl_sharelora import users as users_module
-from trl_sharelora.errors import DataError, UnknownUserError, UserIdError
-from trl_sharelora.users import UserRegistry, user_id_as_text
+from trl_sharelora.errors import ConfigError, DataError, UnknownUserError, UserIdError
+from trl_sharelora.users import Pseudonym, UserRegistry, read_user_key, user_id_as_text
 
 
 JOSE_ONE, JOSE_TWO = unicodedata.normalize("NFC", "José"), unicodedata.normalize("NFD", "José")
@@ -530,5 +531,190 @@ def test_the_registry_id_can_be_given_and_is_not_compared(tmp_path):
 
 def test_a_registry_id_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "users.json").write_text('{"version": 1, "registry_id": 7, "users": ["ann"]}')
+    with pytest.raises(UserIdError, match="torn or edited"):
+        UserRegistry.load(tmp_path)
+
+
+# -- pseudonyms
+
+
+KEY = b"0123456789abcdef0123456789abcdef"
+
+
+@pytest.fixture(autouse=True)
+def no_key_in_the_environment(monkeypatch):
+    monkeypatch.delenv("SHARELORA_USER_KEY", raising=False)
+    monkeypatch.delenv("SHARELORA_USER_KEY_FILE", raising=False)
+
+
+def rfc_2104(key: bytes, message: bytes) -> str:
+    """HMAC-SHA256 as its standard writes it."""
+    key = (hashlib.sha256(key).digest() if len(key) > 64 else key).ljust(64, b"\0")
+    inner, outer = (bytes(byte ^ mask for byte in key) for mask in (0x36, 0x5C))
+    return hashlib.sha256(outer + hashlib.sha256(inner + message).digest()).hexdigest()
+
+
+def test_a_pseudonym_is_the_keyed_digest_of_the_id():
+    users = UserRegistry(["ann", "bob"], key=KEY)
+    assert users.ids == [f"u-{rfc_2104(KEY, b'id' + bytes(1) + name)[:32]}" for name in (b"ann", b"bob")]
+    assert users.pseudonymous and not UserRegistry(["ann"]).pseudonymous
+    assert users[0] == users.names(["ann"])[0] != UserRegistry(["ann"], key=KEY[::-1])[0]
+    assert UserRegistry(["ann"]).names(["ann", 7]) == ["ann", "7"]
+    assert repr(users) == "UserRegistry(2 users, pseudonymous)"
+
+
+@settings(deadline=None)
+@given(distinct_ids, st.data())
+def test_with_a_key_it_is_the_same_list_and_dict(tmp_path_factory, ids, data):
+    users, rows = UserRegistry(key=KEY), {}
+    for _ in range(3):
+        batch = data.draw(st.lists(st.sampled_from(ids), max_size=8)) if ids else []
+        for user_id in batch:
+            rows.setdefault(user_id, len(rows))
+        assert users.add(batch) == [rows[user_id] for user_id in batch]
+    loaded = UserRegistry.load(users.save(tmp_path_factory.mktemp("registry")), key=KEY)
+    for registry in (users, loaded, copy.deepcopy(loaded), pickle.loads(pickle.dumps(loaded))):
+        assert registry.find(ids) == [rows.get(user_id, -1) for user_id in ids]
+        assert [user_id in registry for user_id in ids] == [user_id in rows for user_id in ids]
+        assert registry == users and registry.find(users.ids) == list(range(len(users)))
+    if rows:
+        gone = data.draw(st.sampled_from(sorted(rows)))
+        assert loaded.forget(gone) == rows[gone]
+        assert gone not in loaded and loaded.ids[rows[gone]] is None
+        again = UserRegistry.load(loaded.save(tmp_path_factory.mktemp("registry")), key=KEY)
+        assert again == loaded and again.add([gone]) == [len(users)]
+
+
+def test_raw_ids_are_in_no_file_no_buffer_and_no_message(tmp_path):
+    users = UserRegistry(["ann-a9f3", "bob-77c1"], key=KEY)
+    path = users.save(tmp_path)
+    content = json.loads(path.read_text())
+    assert content["version"] == 2 and content["users"] == users.ids
+    assert content["key_check"] == rfc_2104(KEY, b"check" + bytes(1))[:16]
+    for held in (path.read_bytes(), users._text, pickle.dumps(users.ids)):
+        assert b"ann-a9f3" not in held and b"bob-77c1" not in held and KEY not in held
+    assert KEY not in path.read_bytes()
+    with pytest.raises(UnknownUserError) as raised:
+        users.index(["ann-a9f3", "eve-1234"])
+    assert "eve-1234" not in str(raised.value) and "ann-a9f3" not in str(raised.value)
+    assert f"1 unknown user(s): '{users.names(['eve-1234'])[0]}'" in str(raised.value) and users[0] in str(
+        raised.value
+    )
+    assert users.unknown_message(["eve-1234"]) == str(raised.value)
+    for refused in ([71935], [71935.5], ["71935" * 60], ["71935\ud800"]):
+        registry = UserRegistry(["71935"], key=KEY)
+        with pytest.raises(UserIdError) as raised:
+            registry.add(refused)
+        assert "71935" not in str(raised.value) and "row 0" in str(raised.value)
+    with pytest.raises(UserIdError, match="u-[0-9a-f]{32}' occurs twice"):
+        UserRegistry(["ann", "ann"], key=KEY)
+
+
+def test_nobody_takes_anothers_place_by_his_pseudonym():
+    users = UserRegistry(["ann"], key=KEY)
+    plain = "".join(users[0])
+    assert isinstance(str(users[0]), Pseudonym) and f"{users[0]}" == plain
+    assert isinstance(users[0], Pseudonym) and isinstance(users.ids[0], Pseudonym) and type(plain) is str
+    assert users.find([users[0], plain]) == [0, -1] and users.add([plain, users[0]]) == [1, 0]
+    assert plain in users and users[1] != plain
+
+
+def test_ids_that_differ_by_normalisation_only_are_one_user_of_a_pseudonymous_list():
+    assert UserRegistry([JOSE_ONE], key=KEY).index([JOSE_TWO]) == [0]
+
+
+def test_the_number_7_and_the_text_7_do_not_mix_under_a_key_either(tmp_path):
+    with pytest.raises(UserIdError, match="u-[0-9a-f]{32}' came as text and as an integer"):
+        UserRegistry([7], key=KEY).add(["7"])
+    assert UserRegistry.load(UserRegistry([7], key=KEY).save(tmp_path), key=KEY).add(["7"]) == [0]
+
+
+def test_without_the_key_there_are_rows_and_pseudonyms_and_no_look_up(tmp_path):
+    users = UserRegistry(["ann", "bob"], key=KEY)
+    users.save(tmp_path)
+    locked = UserRegistry.load(tmp_path)
+    assert locked == users and len(locked) == 2 and locked.ids == users.ids and locked.registry_id == users.registry_id
+    needed = "looked up by id without the key. Set SHARELORA_USER_KEY or SHARELORA_USER_KEY_FILE.*unlock"
+    for call in (
+        lambda: locked.find(["ann"]),
+        lambda: locked.add(["ann"]),
+        lambda: locked.forget("ann"),
+        lambda: "ann" in locked,
+        lambda: locked.names(["ann"]),
+        lambda: locked.unlock(),
+    ):
+        with pytest.raises(ConfigError, match=needed) as raised:
+            call()
+        assert "'ann'" not in str(raised.value)
+    assert locked.index([users[1]]) == [1] and locked.forget(users[1]) == 1
+    assert locked.unlock(KEY).index(["ann"]) == [0]
+    locked.save(tmp_path)
+    assert UserRegistry.load(tmp_path, key=KEY).find(["ann", "bob"]) == [0, -1]
+
+
+def test_another_key_is_noticed(tmp_path, monkeypatch):
+    UserRegistry(["ann"], key=KEY).save(tmp_path)
+    with pytest.raises(ConfigError, match="is not the one these users' pseudonyms were made with"):
+        UserRegistry.load(tmp_path, key=KEY[::-1])
+    with pytest.raises(ConfigError, match="is not the one"):
+        UserRegistry.load(tmp_path).unlock(KEY[::-1])
+    monkeypatch.setenv("SHARELORA_USER_KEY", KEY[::-1].decode())
+    with pytest.raises(ConfigError, match="is not the one"):
+        UserRegistry.load(tmp_path)
+    assert len(UserRegistry.load(tmp_path, key=False)) == 1
+    assert UserRegistry(["ann"], key=KEY) != UserRegistry(["ann"], key=KEY[::-1])
+    assert UserRegistry(key=KEY) != UserRegistry(key=False)
+    UserRegistry(["ann"], key=False).save(tmp_path / "plain")
+    assert UserRegistry.load(tmp_path / "plain").ids == ["ann"]  # the environment's key is of others
+    with pytest.raises(ConfigError, match="holds plain ids"):
+        UserRegistry.load(tmp_path / "plain", key=KEY)
+
+
+def test_the_key_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
+    file = tmp_path / "user.key"
+    file.write_bytes(KEY + b"\n")
+    expected = UserRegistry(["ann"], key=KEY).ids
+    assert UserRegistry(["ann"], key=file).ids == UserRegistry(["ann"], key=str(file)).ids == expected
+    assert read_user_key() is None and UserRegistry(["ann"]).ids == ["ann"]
+    rows = Dataset.from_dict({"user_id": ["ann"]})
+    assert UserRegistry.from_dataset(rows, key=KEY).ids == expected
+    with monkeypatch.context() as patch:
+        patch.setenv("SHARELORA_USER_KEY_FILE", str(file))
+        assert UserRegistry(["ann"]).ids == UserRegistry.from_dataset(rows).ids == expected
+        path = UserRegistry(["ann"]).save(tmp_path)
+        assert UserRegistry.load(path).index(["ann"]) == [0]
+        assert UserRegistry(["ann"], key=False).ids == ["ann"]
+        patch.setenv("SHARELORA_USER_KEY", KEY.decode())
+        with pytest.raises(ConfigError, match="Both SHARELORA_USER_KEY and SHARELORA_USER_KEY_FILE"):
+            UserRegistry()
+        patch.delenv("SHARELORA_USER_KEY_FILE")
+        assert UserRegistry(["ann"]).ids == expected
+
+
+def test_a_key_that_cannot_be_used_is_refused_and_not_repeated(tmp_path, monkeypatch):
+    (tmp_path / "short.key").write_text("too short\n")
+    with pytest.raises(ConfigError, match="short.key' has 9 bytes; at least 16 random ones.*openssl rand -hex 32"):
+        UserRegistry(key=tmp_path / "short.key")
+    with pytest.raises(ConfigError, match="The key that came has 15 bytes"):
+        UserRegistry(key=b"x" * 15)
+    for text in (KEY.decode(), KEY.decode() * 20, str(tmp_path), "a\0b"):  # the key itself where its file is expected
+        with pytest.raises(ConfigError, match="cannot be read") as raised:
+            UserRegistry(key=text)
+        assert text not in str(raised.value)
+    for key in (True, 7):
+        with pytest.raises(ConfigError, match="bytes, or the path of a file"):
+            UserRegistry(key=key)
+    monkeypatch.setenv("SHARELORA_USER_KEY", "secret")
+    with pytest.raises(ConfigError, match="The key in SHARELORA_USER_KEY has 6 bytes"):
+        UserRegistry()
+
+
+@pytest.mark.parametrize("users", [["ann"], ["u-12"], ["u-" + "A" * 32]])
+def test_a_list_of_pseudonyms_that_holds_something_else_is_refused(tmp_path, users):
+    content = {"version": 2, "registry_id": "f00", "key_check": "0" * 16, "users": users}
+    (tmp_path / "users.json").write_text(json.dumps(content))
+    with pytest.raises(UserIdError, match="is a list of pseudonyms, and its place 0 holds something else"):
+        UserRegistry.load(tmp_path)
+    (tmp_path / "users.json").write_text(json.dumps({**content, "users": [], "key_check": 7}))
     with pytest.raises(UserIdError, match="torn or edited"):
         UserRegistry.load(tmp_path)

@@ -15,11 +15,14 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .confidence import add_comparisons, fit_confidence
+    from .doctor import check_data
     from .evaluation import Calibration, PerUserResult, calibrate, evaluate_users
     from .export import export_user
     from .forget import forget_user
-    from .new_users import add_users
+    from .importers import import_preferences
+    from .new_users import add_users, fit_users, next_comparisons
     from .rewards import RewardEstimate, SampledReferences, UserReward
+    from .splits import split_by_comparison, split_by_item, split_by_user
     from .starts import warm_start
     from .trainers.dpo import ShareLoraDPOConfig, ShareLoraDPOTrainer
     from .trainers.grpo import ShareLoraGRPOConfig, ShareLoraGRPOTrainer
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from .trainers.reward import ShareLoraRewardTrainer
     from .trainers.reward_config import ShareLoraRewardConfig
     from .trainers.rloo import ShareLoraRLOOConfig, ShareLoraRLOOTrainer
+    from .usage import user_usage
 
 # public name -> module that holds it (PEP 562)
 _LAZY = {
@@ -36,6 +40,14 @@ _LAZY = {
     "calibrate": ".evaluation",
     "evaluate_users": ".evaluation",
     "add_users": ".new_users",
+    "fit_users": ".new_users",
+    "next_comparisons": ".new_users",
+    "check_data": ".doctor",
+    "import_preferences": ".importers",
+    "split_by_comparison": ".splits",
+    "split_by_item": ".splits",
+    "split_by_user": ".splits",
+    "user_usage": ".usage",
     "export_user": ".export",
     "forget_user": ".forget",
     "RewardEstimate": ".rewards",
@@ -80,12 +92,20 @@ __all__ = [
     "add_comparisons",
     "add_users",
     "calibrate",
+    "check_data",
     "evaluate_users",
     "export_user",
     "fit_confidence",
+    "fit_users",
     "forget_user",
+    "import_preferences",
+    "next_comparisons",
+    "split_by_comparison",
+    "split_by_item",
+    "split_by_user",
     "train_method",
     "use_users",
+    "user_usage",
     "warm_start",
 ]
 

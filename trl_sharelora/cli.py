@@ -1,5 +1,5 @@
-"""`trl-sharelora`: reward | dpo | rloo | grpo | ppo | confidence | calibrate | eval | export | subspace |
-compare | demo | env.
+"""`trl-sharelora`: reward | dpo | rloo | grpo | ppo | confidence | calibrate | eval | usage | export | forget | add-users |
+fit-users | subspace | compare | demo | env.
 
 The first five are training commands: their arguments are those of TRL's scripts (`--config reward.yaml` and so on), and what a
 script does not know goes to `accelerate launch`. The others are ordinary tools. Each command imports what it needs when it runs.
@@ -105,6 +105,77 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument("--user", required=True, metavar="ID", help="the user's id, as in the data")
     export.add_argument("--output_dir", required=True, metavar="DIR", help="where to write")
 
+    add_users = commands.add_parser(
+        "add-users",
+        help="give rows to new users: they start as the common model",
+        description="Give rows to new users of a saved reward model; they start as the common model, nobody else changes.",
+    )
+    _add_model(add_users)
+    add_users.add_argument("--users", nargs="+", metavar="ID", help="their ids")
+    add_users.add_argument("--users_file", metavar="FILE", help="a file with an id per line")
+
+    fit_users = commands.add_parser(
+        "fit-users",
+        help="fit new users to their first answers, without training",
+        description="Fit new users of a saved reward model to their first answers, in a few passes over these; the shared factor, the head and "
+        "all other users stay as they are. The adapter is saved again, its confidence sets get the new users.",
+    )
+    _add_model_and_data(fit_users)
+    fit_users.add_argument(
+        "--method",
+        choices=("auto", "gauss-newton", "pca", "full"),
+        default="auto",
+        help="auto (default) chooses by the number of answers, and shrinks to the common model by what held-out answers say",
+    )
+    fit_users.add_argument("--refit", action="store_true", help="replace what users have who were trained or fitted")
+    fit_users.add_argument("--report_dir", metavar="DIR", help="also write new_users.csv there")
+
+    usage = commands.add_parser(
+        "usage",
+        help="does a reward model use the user?",
+        description="Does a reward model use the user? Accuracy when users are swapped, variance of rewards between users, comparisons that "
+        "turn round when a user's labels do. Give comparisons that it was not trained on.",
+    )
+    _add_model_and_data(usage)
+    usage.add_argument("--draws", type=int, default=5, metavar="N", help="how often users are swapped (default 5)")
+    usage.add_argument(
+        "--flip_users",
+        type=int,
+        default=8,
+        metavar="N",
+        help="fit so many users again to turned labels (default 8; 0 leaves it out)",
+    )
+    usage.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn at random (default 0)")
+    usage.add_argument("--output_dir", metavar="DIR", help="also write usage.json, usage.md and usage.parquet there")
+
+    forget = commands.add_parser(
+        "forget",
+        help="erase a user from an adapter, its checkpoints and its tables",
+        description="Erase a user's row, moments, id and lines in tables from an adapter's directory and its checkpoints. What the shared "
+        "factors have learned from him stays; --report_influence measures how much they lean on him, before he is gone.",
+    )
+    forget.add_argument(
+        "--adapter", required=True, metavar="DIR", help="the adapter's directory, or the output_dir of a training"
+    )
+    forget.add_argument("--user", metavar="ID", help="the user's id, as in the data")
+    forget.add_argument(
+        "--pseudonym", metavar="NAME", help="instead of --user, in a pseudonymous adapter whose key is not at hand"
+    )
+    forget.add_argument(
+        "--user_key_file",
+        metavar="FILE",
+        help="the key of a pseudonymous adapter (default: SHARELORA_USER_KEY_FILE or SHARELORA_USER_KEY of the environment)",
+    )
+    forget.add_argument(
+        "--report_influence",
+        "--report-influence",
+        metavar="FILE",
+        help="the comparisons of the training, a file or a hub id: measure first how much the shared part leans on him",
+    )
+    forget.add_argument("--influence_output", metavar="FILE", help="also write what was measured there, as JSON")
+    _add_rows(forget)
+    _add_loading(forget)
+
     subspace = commands.add_parser(
         "subspace",
         help="what users' updates share: is one B for all of them justified?",
@@ -134,6 +205,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="the paper's variants and baselines on one data set, in one table (arguments: trl-sharelora compare -h)",
         add_help=False,
     )
+    commands.add_parser(
+        "data",
+        help="check a preference log, import one of another schema, split one (arguments: trl-sharelora data -h)",
+        add_help=False,
+    )
     commands.add_parser("demo", help="personalised against pooled, on users with different tastes", add_help=False)
     commands.add_parser("env", help="versions and devices, for a bug report")
     return parser
@@ -141,14 +217,29 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _add_model_and_data(parser: argparse.ArgumentParser) -> None:
     """The arguments of every tool that takes a reward model and preference rows."""
-    parser.add_argument("--model_name_or_path", required=True, metavar="DIR", help="the adapter's directory or hub id")
+    _add_model(parser)
     parser.add_argument("--dataset_name", required=True, metavar="FILE", help="preference rows: a file or a hub id")
     parser.add_argument("--dataset_split", metavar="NAME", help="take one split (in a file: by its column 'split')")
+    _add_rows(parser)
+
+
+def _add_rows(parser: argparse.ArgumentParser) -> None:
+    """How preference rows are read."""
     parser.add_argument("--user_column", default="user_id", metavar="NAME", help="the column that names the user")
     parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="pairs at a time (default 8)")
     parser.add_argument(
         "--max_length", type=int, metavar="N", help="leave out pairs with more tokens, and say how many"
     )
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    """The arguments of every tool that loads a reward model."""
+    parser.add_argument("--model_name_or_path", required=True, metavar="DIR", help="the adapter's directory or hub id")
+    _add_loading(parser)
+
+
+def _add_loading(parser: argparse.ArgumentParser) -> None:
+    """How a model is loaded."""
     parser.add_argument("--load_in_8bit", action="store_true", help="quantise the base to 8 bits, as in training")
     parser.add_argument("--load_in_4bit", action="store_true", help="quantise the base to 4 bits, as in training")
     parser.add_argument("--use_cpu", action="store_true", help="do not use an accelerator")
@@ -179,6 +270,12 @@ def main(argv: list[str] | None = None) -> int:
             from .scripts.compare import main as compare
 
             return compare(argv[1:])
+        if argv and argv[0] == "data":
+            from .scripts.data import add_arguments, data
+
+            tools = argparse.ArgumentParser(prog="trl-sharelora data", allow_abbrev=False)
+            add_arguments(tools)
+            return data(tools.parse_args(argv[1:]))
         if argv and argv[0] == "demo":
             from .demo import main as demo
 
@@ -200,6 +297,18 @@ def main(argv: list[str] | None = None) -> int:
             from .scripts.export import export
 
             export(args)
+        elif args.command in ("add-users", "fit-users"):
+            from .scripts import new_users
+
+            getattr(new_users, args.command.replace("-", "_"))(args)
+        elif args.command == "usage":
+            from .scripts.usage import usage
+
+            usage(args)
+        elif args.command == "forget":
+            from .scripts.forget import forget
+
+            forget(args)
         elif args.command == "subspace":
             from .scripts.subspace import subspace
 

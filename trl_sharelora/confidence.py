@@ -25,7 +25,6 @@ from .pessimism import (
     bootstrap_heads,
 )
 from .scoring import SKETCH_SIZE, CountSketch, Scorer, check_known, load_reward_model
-from .users import user_id_as_text
 
 
 logger = logging.getLogger(__name__)
@@ -207,7 +206,7 @@ def _features_of(
     """`(user_index, features of chosen, features of rejected)` on the CPU, some batches of the dataset at a time."""
     check_preference_rows(dataset, user_column, name="confidence")
     dataset = dataset.with_format(None)
-    ids = list(map(user_id_as_text, dataset[user_column][:]))
+    ids = scorer.users.names(dataset[user_column][:])
     all_index = torch.tensor(scorer.users.index(ids))
     step = 32 * scorer.batch_size  # enough to put rows of a length together
     dropped = 0

@@ -411,13 +411,17 @@ def evaluate_users(
 
     dataset = dataset.with_format(None)
     users = _users_of(model)
+    ids = list(map(user_id_as_text, dataset[user_column][:]))
     if users is not None:
-        ids = list(map(user_id_as_text, dataset[user_column][:]))
+        ids = users.names(dataset[user_column][:])
         unknown = list(dict.fromkeys(user_id for user_id, row in zip(ids, users.find(ids), strict=True) if row < 0))
         if unknown and unseen == "raise":
             raise UnknownUserError(users.unknown_message(unknown))
 
-    rows = [{user_column: row[user_column], **tokenize_preference(row, processing_class)} for row in dataset]
+    rows: list[dict[str, Any]] = [
+        {user_column: user_id, **tokenize_preference(row, processing_class)}
+        for user_id, row in zip(ids, dataset, strict=True)
+    ]
     dropped, numbers = 0, list(range(len(rows)))
     if max_length is not None:
         dropped = check_long_rows(Dataset.from_list(rows), max_length, user_column, name="evaluation")
@@ -425,7 +429,7 @@ def evaluate_users(
         rows = [rows[number] for number in numbers]
     _check_positions(model, rows)
 
-    user_ids = [user_id_as_text(row[user_column]) for row in rows]
+    user_ids = [row[user_column] for row in rows]
     index = None if users is None else torch.tensor(users.find(user_ids))  # (rows,), -1 for an unseen user
     n_unseen = 0 if index is None else int((index < 0).sum())
     if n_unseen:
@@ -560,13 +564,15 @@ def calibrate(
         )
     check_preference_rows(dataset, user_column, name="calibration")
     tokenizer = reward.scorer.processing_class
-    rows = [
-        {user_column: row[user_column], **tokenize_preference(row, tokenizer)} for row in dataset.with_format(None)
+    dataset = dataset.with_format(None)
+    rows: list[dict[str, Any]] = [
+        {user_column: user_id, **tokenize_preference(row, tokenizer)}
+        for user_id, row in zip(reward.scorer.users.names(dataset[user_column][:]), dataset, strict=True)
     ]
     if max_length is not None:
         check_long_rows(Dataset.from_list(rows), max_length, user_column, name="calibration")
         rows = [row for row in rows if _longest(row) <= max_length]
-    ids = [user_id_as_text(row[user_column]) for row in rows]
+    ids = [row[user_column] for row in rows]
     margins, widths = reward.compare(rows, ids)
     margins, widths = margins.double(), widths.double()
     coefficient = conformal_coefficient(margins, widths, coverage)

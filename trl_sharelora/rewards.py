@@ -632,7 +632,7 @@ class UserReward:
             return
         owner = rows.owner() if places is None else rows.owner()[places]
         bad_rows = owner[bad].unique().tolist()
-        users = list(dict.fromkeys(rows.ids[row] for row in bad_rows))
+        users = self.scorer.users.names(dict.fromkeys(rows.ids[row] for row in bad_rows))
         named = ", ".join(map(repr, users[:5])) + ", ..." * (len(users) > 5)
         raise NonFiniteError(
             f"The reward, its features or its width is NaN or infinite in {len(bad_rows)} of {len(rows.ids)} rows: user(s) {named}, "

@@ -3,14 +3,19 @@
 The registry is append-only: a user keeps his row for life, so an adapter, its optimiser state and its tables never
 need renumbering; a user who is to be forgotten leaves his row empty. It is stored with the adapter as `users.json`, a
 list in row order. A million users take some 25 MB: their text and at most 17 bytes each. It needs no torch.
+
+With a key it is *pseudonymous*: ids are digested where they come in, and it holds, writes and shows pseudonyms only. The key
+stays outside, in a file or in the environment.
 """
 
 import copy
 import hashlib
+import hmac
 import json
 import math
 import operator
 import os
+import re
 import unicodedata
 from array import array
 from collections.abc import Iterable, Iterator
@@ -18,12 +23,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from .errors import DataError, UnknownUserError, UserIdError, some_rows
+from .errors import ConfigError, DataError, UnknownUserError, UserIdError, some_rows
 
 
 USERS_FILE = "users.json"
 # An id is a key, not a document: a longer one is almost surely a text column given by mistake.
 MAX_ID_BYTES = 256
+
+# Where the key of pseudonymous registries comes from, if it is not given.
+KEY_VARIABLE, KEY_FILE_VARIABLE = "SHARELORA_USER_KEY", "SHARELORA_USER_KEY_FILE"
+# 128 bits. Who has a file and can guess its key can test guesses of ids against it; a passphrase is guessed.
+MIN_KEY_BYTES = 16
+_PSEUDONYM = re.compile("u-[0-9a-f]{32}")
 
 # How an id came in the data. Ids read from a file are text there and may have been integers.
 _UNKNOWN, _TEXT, _INTEGER = 0, 1, 2
@@ -33,7 +44,68 @@ _FORGOTTEN = b"\xff"
 _PORTION = 10_000
 
 
-def user_id_as_text(value: Any, where: str = "") -> str:
+class Pseudonym(str):
+    """A user's name in a pseudonymous [`UserRegistry`]: `u-` and 32 hex digits of HMAC-SHA256(key, id).
+
+    What such a registry gives out (`ids`, `users[row]`) is of this type, and is looked up as it is. Plain text is an id, even if it
+    reads like a pseudonym: nobody takes another user's place by calling himself what stands in a public file.
+    """
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return self  # str(user_id) is common, and would make it plain text
+
+
+def read_user_key(key: bytes | str | os.PathLike | None = None) -> bytes | None:
+    """The key of a pseudonymous registry.
+
+    Args:
+        key (`bytes`, `str` or `os.PathLike`, *optional*):
+            The key itself as bytes, or a file that holds it (`openssl rand -hex 32 > user.key`). By default the environment is asked:
+            `SHARELORA_USER_KEY` is the key, `SHARELORA_USER_KEY_FILE` a file. White space around it does not count.
+
+    Returns:
+        `bytes` or None: None if nothing was given and nothing is in the environment.
+
+    Raises:
+        ConfigError: the file cannot be read, the key has fewer than 16 bytes, or the environment has both variables.
+    """
+    source = "The key that came"
+    if key is None:
+        text, file = os.environ.get(KEY_VARIABLE), os.environ.get(KEY_FILE_VARIABLE)
+        if text and file:
+            raise ConfigError(
+                f"Both {KEY_VARIABLE} and {KEY_FILE_VARIABLE} are set; one key is needed. Unset one of them."
+            )
+        if not text and not file:
+            return None
+        key = os.fsencode(text) if text else file
+        source = f"The key in {KEY_VARIABLE}"
+    if not isinstance(key, bytes):
+        if not isinstance(key, str | os.PathLike):
+            raise ConfigError(
+                f"key is of type {type(key).__name__}; bytes, or the path of a file with the key, are needed."
+            )
+        source = f"The key in {os.fspath(key)!r}"
+        try:
+            key = Path(key).read_bytes()
+        except (OSError, ValueError) as error:
+            # a key given as text would be taken for a path: do not repeat what came
+            raise ConfigError(
+                f"The file with the key cannot be read ({type(error).__name__}). Give the path of a file (`openssl rand -hex 32 > "
+                "user.key` makes one), or the key itself as bytes."
+            ) from None
+    key = key.strip()
+    if len(key) < MIN_KEY_BYTES:
+        raise ConfigError(
+            f"{source} has {len(key)} bytes; at least {MIN_KEY_BYTES} random ones are needed, because a short key is guessed. Make one: "
+            "openssl rand -hex 32 > user.key"
+        )
+    return key
+
+
+def user_id_as_text(value: Any, where: str = "", hidden: bool = False) -> str:
     """The one text form of a user id.
 
     Text is taken as it is; an integer is written in decimal. Everything else is refused, because the usual ways to lose
@@ -44,11 +116,14 @@ def user_id_as_text(value: Any, where: str = "") -> str:
             The id as it came.
         where (`str`, *optional*):
             Where it was found, for the message ("row 17 of column 'user_id'").
+        hidden (`bool`, *optional*, defaults to `False`):
+            Leave the value out of the message.
 
     Raises:
         UserIdError: `value` is a float, a bool, None, blank, longer than 256 bytes or not valid Unicode.
     """
     at = f" at {where}" if where else ""
+    shown = "(not shown)" if hidden else repr(value)
     if isinstance(value, str):
         if not value.strip():
             raise UserIdError(
@@ -59,12 +134,12 @@ def user_id_as_text(value: Any, where: str = "") -> str:
             size = len(value.encode("utf-8"))
         except UnicodeEncodeError:
             raise UserIdError(
-                f"The user id {value!r}{at} is not valid Unicode (it holds half of a surrogate pair), so it could not be "
+                f"The user id {shown}{at} is not valid Unicode (it holds half of a surrogate pair), so it could not be "
                 "stored. It was probably decoded with the wrong codec; read the file as UTF-8."
             ) from None
         if size > MAX_ID_BYTES:
             raise UserIdError(
-                f"A user id of {size} bytes{at} (starting {value[:40]!r}); at most {MAX_ID_BYTES} are taken. Is another "
+                f"A user id of {size} bytes{at} (starting {'(not shown)' if hidden else repr(value[:40])}); at most {MAX_ID_BYTES} are taken. Is another "
                 "column given as the user column?"
             )
         return value
@@ -78,7 +153,7 @@ def user_id_as_text(value: Any, where: str = "") -> str:
         if type(value).__module__ == "numpy" and "int" in type(value).__name__:
             return str(int(value))
         raise UserIdError(
-            f"A user id is {value!r} of type {type(value).__name__}{at}; text or an integer is needed. Ids that pass through "
+            f"A user id is {shown} of type {type(value).__name__}{at}; text or an integer is needed. Ids that pass through "
             "numbers are lost (007 becomes 7, long ids are rounded together): read the column as text (pandas: dtype=str)."
         )
     return str(value)
@@ -104,9 +179,20 @@ class UserRegistry:
     The row of a user who was forgotten stays taken: it counts in `len`, and `users[row]`, `ids` and iteration give None
     there. Iteration thus gives one value for each row.
 
+    With a key the registry is pseudonymous. `add`, `index`, `find`, `forget` and `in` take ids as before; what it holds, what it
+    gives out (`ids`, `users[row]`, messages) and what `users.json` names are [`Pseudonym`]s. The ids cannot be told from them without
+    the key; with the key whoever guesses an id can tell whether it is there (GDPR calls such data personal still). An adapter that
+    was loaded without the key is used by row; a look-up by id is an error until [`~UserRegistry.unlock`]. Ids that differ only by
+    Unicode normalisation are one user here: their digests could not be compared later. Lost, a key cannot be made again.
+
     Args:
         user_ids (`Iterable[str | int]`, *optional*):
             The users, in row order. Each may occur once.
+        key (`bytes`, `str`, `os.PathLike` or `False`, *optional*):
+            Makes it pseudonymous, see [`read_user_key`]. By default the environment's, if it has one; `False` is none.
+
+    Raises:
+        ConfigError: the key cannot be used.
 
     Example:
 
@@ -118,10 +204,13 @@ class UserRegistry:
     [2, 0]
     >>> len(users), users[2], "cat" in users
     (3, 'cat', True)
+    >>> users = UserRegistry(["ann"], key=b"64 hex digits of openssl rand -hex 32")
+    >>> users.index(["ann"]), users.ids
+    ([0], ['u-95eef940bbc43f9598f3e0e3e63581ad'])
     ```
     """
 
-    def __init__(self, user_ids: Iterable[str | int] = ()):
+    def __init__(self, user_ids: Iterable[str | int] = (), key: bytes | str | os.PathLike | bool | None = None):
         # Row r is the bytes of `_text` from where row r - 1 ends to `_ends[r]`. Plain buffers instead of Python strings and
         # dicts, which take about 190 bytes a user.
         self._text = bytearray()
@@ -132,6 +221,9 @@ class UserRegistry:
         # NFC form on. Ids that differ by normalisation only thus meet in it. Slots are never freed, see `forget`.
         self._table = array("I", bytes(4 * 8))
         self._registry_id = ""
+        self._key: bytes | None = None if key is False else read_user_key(key)  # type: ignore[arg-type]  # True is refused there
+        # what tells its key from others, "" without one; kept where the key is not
+        self._key_check = "" if self._key is None else _check_value(self._key)
         for user_id in _several(user_ids):
             self._append_new(user_id)
 
@@ -147,7 +239,9 @@ class UserRegistry:
         self._make_table(size)
 
     @classmethod
-    def from_dataset(cls, dataset: Any, column: str = "user_id") -> "UserRegistry":
+    def from_dataset(
+        cls, dataset: Any, column: str = "user_id", key: bytes | str | os.PathLike | bool | None = None
+    ) -> "UserRegistry":
         """The users of a dataset, in order of first appearance.
 
         Args:
@@ -155,12 +249,14 @@ class UserRegistry:
                 Preference rows.
             column (`str`, *optional*, defaults to `"user_id"`):
                 The column that names the user.
+            key (`bytes`, `str`, `os.PathLike` or `False`, *optional*):
+                As of the class.
 
         Raises:
             UserIdError: naming the rows whose id cannot be used, all of them at once.
             DataError: there is no such column.
         """
-        registry = cls()
+        registry = cls(key=key)
         where = f"column {column!r}"
         if hasattr(dataset, "with_format") and hasattr(dataset, "__len__"):
             # a datasets.Dataset hands out one column, as Python values, without decoding the others
@@ -224,7 +320,7 @@ class UserRegistry:
         """
         user_ids = list(_several(user_ids))
         rows = self.find(user_ids)
-        unknown = sorted({str(user_id) for user_id, row in zip(user_ids, rows, strict=True) if row < 0})
+        unknown = sorted(set(self.names(user_id for user_id, row in zip(user_ids, rows, strict=True) if row < 0)))
         if unknown:
             raise UnknownUserError(self.unknown_message(unknown))
         return rows
@@ -235,7 +331,50 @@ class UserRegistry:
         Raises:
             UserIdError: an id is not usable, or is a known one in another Unicode normalisation.
         """
-        return [self._find(user_id_as_text(user_id))[0] for user_id in _several(user_ids)]
+        return [self._find(self._stored(user_id))[0] for user_id in _several(user_ids)]
+
+    def names(self, user_ids: Iterable[str | int]) -> list[str]:
+        """What may be shown and written of these ids, known or not: their pseudonyms, or without a key the ids as text.
+
+        Look-ups take them too.
+
+        Raises:
+            UserIdError: an id is not usable.
+            ConfigError: the registry is pseudonymous and was loaded without its key.
+        """
+        return [self._stored(user_id, f"row {number}") for number, user_id in enumerate(_several(user_ids))]
+
+    @property
+    def pseudonymous(self) -> bool:
+        """Whether it holds pseudonyms instead of ids."""
+        return bool(self._key_check)
+
+    def unlock(self, key: bytes | str | os.PathLike | None = None) -> "UserRegistry":
+        """Give a pseudonymous registry that was loaded without its key the key; itself.
+
+        Args:
+            key (`bytes`, `str` or `os.PathLike`, *optional*):
+                See [`read_user_key`].
+
+        Raises:
+            ConfigError: it is another key, there is none, or the registry holds plain ids.
+        """
+        if not self._key_check:
+            raise ConfigError(
+                "A key came for a list of users that holds plain ids. Leave it out; pseudonyms are made when a registry is: "
+                "UserRegistry(key=...)."
+            )
+        found = read_user_key(key)
+        if found is None:
+            raise ConfigError(self._needs_key())
+        if not hmac.compare_digest(_check_value(found), self._key_check):
+            raise ConfigError(
+                f"The key that came (check value {_check_value(found)}) is not the one these users' pseudonyms were made with "
+                f"({self._key_check}): every user would be unknown. Give the key of this adapter (key=..., {KEY_VARIABLE} or "
+                f"{KEY_FILE_VARIABLE})."
+            )
+        self._key = found
+        return self
 
     def forget(self, user_id: str | int) -> int:
         """Take a user's id out of the registry, for good.
@@ -280,6 +419,7 @@ class UserRegistry:
         self._registry_id = registry_id
 
     def unknown_message(self, unknown: list[str]) -> str:
+        unknown = self.names(unknown)
         first = [repr(user_id) for user_id in islice((user_id for user_id in self if user_id is not None), 6)]
         known = ", ".join(first[:5]) + (", ..." if len(first) > 5 else "")
         some = ", ".join(repr(user_id) for user_id in unknown[:5]) + (", ..." if len(unknown) > 5 else "")
@@ -288,6 +428,26 @@ class UserRegistry:
             f"{len(unknown)} unknown user(s): {some}. This adapter knows {users} users ({known}). Either the id is "
             'misspelt, or the user was not in the training data: score him with the common model (unseen="common"), or add '
             "him to the training data."
+        )
+
+    # -- the border
+
+    def _stored(self, user_id: Any, where: str = "") -> str:
+        """What stands for an id in the table: its text, or its pseudonym."""
+        if not self._key_check:
+            return user_id_as_text(user_id, where)
+        if isinstance(user_id, Pseudonym):
+            return user_id
+        text = user_id_as_text(user_id, where, hidden=True)
+        if self._key is None:
+            raise ConfigError(self._needs_key())
+        return Pseudonym(f"u-{_digest(self._key, b'id', _nfc(text).encode())[:32]}")
+
+    def _needs_key(self) -> str:
+        return (
+            f"These users are pseudonyms (check value of the key {self._key_check}), and a user is looked up by id without the key. Set "
+            f"{KEY_VARIABLE} or {KEY_FILE_VARIABLE}, or give it: users.unlock(key). Without it users can be named by row (a tensor) or "
+            "pseudonym (UserRegistry.ids)."
         )
 
     # -- the table
@@ -319,11 +479,15 @@ class UserRegistry:
 
     def _append(self, user_id: Any, where: str, told: array | None = None) -> int:
         """The row of an id that may be new; `told` collects the rows of known ones whose kind was unknown."""
-        text = user_id_as_text(user_id, where)
+        text = self._stored(user_id, where)
         kind = _TEXT if isinstance(user_id, str) else _INTEGER
+        if self._key_check and isinstance(user_id, Pseudonym):
+            kind = _UNKNOWN
         row, slot = self._find(text, where)
         if row < 0:
             return self._push(text.encode(), kind, slot)
+        if kind == _UNKNOWN:
+            return row
         if self._kinds[row] == _UNKNOWN:
             self._kinds[row] = kind
             if told is not None:
@@ -339,7 +503,7 @@ class UserRegistry:
         row = len(self)
         if self._append(user_id, where=f"place {row}") != row:
             raise UserIdError(
-                f"The user id {user_id_as_text(user_id)!r} occurs twice in the list of users (again at place {row})."
+                f"The user id {self._stored(user_id)!r} occurs twice in the list of users (again at place {row})."
             )
 
     def _push(self, text: bytes, kind: int, slot: int | None) -> int:
@@ -386,7 +550,9 @@ class UserRegistry:
     def _id(self, row: int) -> str | None:
         start, end = self._span(row)
         text = self._text[start:end]
-        return None if text.startswith(_FORGOTTEN) else text.decode()
+        if text.startswith(_FORGOTTEN):
+            return None
+        return Pseudonym(text.decode()) if self._key_check else text.decode()
 
     @property
     def ids(self) -> list[Any]:
@@ -404,11 +570,11 @@ class UserRegistry:
         return map(self._id, range(len(self)))
 
     def __contains__(self, user_id: Any) -> bool:
-        text = user_id_as_text(user_id)
+        text = self._stored(user_id)
         return self._slot(text)[2] == text
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, UserRegistry) or len(self) != len(other):
+        if not isinstance(other, UserRegistry) or len(self) != len(other) or self._key_check != other._key_check:
             return False
         # forgotten ids of one registry may take more bytes than those of the other
         return (self._ends == other._ends and self._text == other._text) or all(map(operator.eq, self, other))
@@ -416,7 +582,7 @@ class UserRegistry:
     __hash__ = None  # type: ignore[assignment]  # it grows
 
     def __repr__(self) -> str:
-        return f"UserRegistry({len(self)} users)"
+        return f"UserRegistry({len(self)} users{', pseudonymous' * self.pseudonymous})"
 
     # -- the file
 
@@ -428,8 +594,11 @@ class UserRegistry:
         encode = json.JSONEncoder(ensure_ascii=False).encode
         with open(temporary, "w", encoding="utf-8", newline="\n") as file:
             # JSON with one id a line, so that `load` can take it in portions
-            file.write('{"version": 1, "registry_id": ')
+            # 2, so that who reads version 1 does not take pseudonyms for ids
+            file.write(f'{{"version": {2 if self.pseudonymous else 1}, "registry_id": ')
             json.dump(self.registry_id, file)
+            if self.pseudonymous:
+                file.write(f', "key_check": "{self._key_check}"')
             file.write(', "users": [')
             for row, user_id in enumerate(self):
                 file.write((",\n" if row else "\n") + encode(user_id))
@@ -440,19 +609,27 @@ class UserRegistry:
         return path
 
     @classmethod
-    def load(cls, directory: str | os.PathLike) -> "UserRegistry":
+    def load(cls, directory: str | os.PathLike, key: bytes | str | os.PathLike | bool | None = None) -> "UserRegistry":
         """Read `users.json` from a directory (or the file itself).
+
+        Args:
+            directory (`str` or `os.PathLike`):
+                Where it is.
+            key (`bytes`, `str`, `os.PathLike` or `False`, *optional*):
+                Of a pseudonymous list, by default the environment's if it has one. Without it, or with `False`, ids cannot be looked
+                up, see [`~UserRegistry.unlock`].
 
         Raises:
             UserIdError: the file is missing, torn or names a user twice.
+            ConfigError: the list was made with another key, or a key was given and it was made with none.
         """
         path = Path(directory)
         if path.is_dir():
             path = path / USERS_FILE
-        registry = cls()
+        registry = cls(key=False)
         try:
             with open(path, encoding="utf-8", newline="\n") as file:
-                registry._registry_id, portions = _read_users(file)
+                registry._registry_id, registry._key_check, portions = _read_users(file)
                 for user_ids in portions:
                     # in a file every id is text; anything else was put there by hand
                     if not isinstance(user_ids, list) or not all(isinstance(i, str | None) for i in user_ids):
@@ -460,6 +637,13 @@ class UserRegistry:
                     for user_id in user_ids:
                         if user_id is None:
                             registry._push(_FORGOTTEN, _UNKNOWN, slot=None)
+                        elif registry._key_check:
+                            if not _PSEUDONYM.fullmatch(user_id):
+                                raise UserIdError(
+                                    f"{path} is a list of pseudonyms, and its place {len(registry)} holds something else: torn or edited. Take "
+                                    "it from a backup."
+                                )
+                            registry._append_new(Pseudonym(user_id))
                         else:
                             registry._append_new(user_id)
         except FileNotFoundError:
@@ -472,19 +656,34 @@ class UserRegistry:
                 f"{path} is not a list of users ({error!r}): torn or edited. Take it from a backup."
             ) from error
         registry._kinds = bytearray(len(registry))  # ids that were integers in the data are text here
+        if key is not False and (key is not None or (registry._key_check and read_user_key() is not None)):
+            registry.unlock(key)  # type: ignore[arg-type]  # True is refused there
         return registry
 
 
-def _read_users(file: TextIO) -> tuple[str, Iterable[Any]]:
-    """The registry id of a `users.json` and its users in portions: those of `save`, or all at once of any other JSON."""
+def _digest(key: bytes, purpose: bytes, message: bytes) -> str:
+    return hmac.digest(key, purpose + b"\0" + message, "sha256").hex()
+
+
+def _check_value(key: bytes) -> str:
+    return _digest(key, b"check", b"")[:16]
+
+
+def _read_users(file: TextIO) -> tuple[str, str, Iterable[Any]]:
+    """Of a `users.json` the registry id, the check value of its key and its users in portions: those of `save`, or all at once."""
     head = file.readline()
-    by_line = head.startswith('{"version": 1, "registry_id": ') and head.endswith(', "users": [\n')
+    by_line = head.startswith(('{"version": 1, "registry_id": ', '{"version": 2, "registry_id": ')) and head.endswith(
+        ', "users": [\n'
+    )
     content = json.loads(head + ("]}" if by_line else file.read()))
     users = content["users"]
     registry_id = content.get("registry_id", "")  # an older file has none
     if not isinstance(registry_id, str):
         raise TypeError(f"the registry_id is {registry_id!r}")
-    return registry_id, _portions(file) if by_line else [users]
+    key_check = content.get("key_check", "")
+    if not isinstance(key_check, str):
+        raise TypeError(f"the key_check is {key_check!r}")
+    return registry_id, key_check, _portions(file) if by_line else [users]
 
 
 def _portions(lines: TextIO) -> Iterator[Any]:

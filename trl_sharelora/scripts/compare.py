@@ -13,6 +13,7 @@ import gc
 import hashlib
 import json
 import logging
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -168,6 +169,7 @@ def compare(
     if training_args.disable_tqdm:
         datasets.disable_progress_bars()
         transformers.logging.disable_progress_bar()
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")  # TRL's to heed, once per run
     output_dir = Path(training_args.output_dir)
     runs: dict[str, list[Run]] = {}
     rates = script_args.learning_rates or [training_args.learning_rate]

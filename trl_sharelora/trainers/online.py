@@ -1,7 +1,7 @@
 """What the personalised trainers that generate (RLOO, GRPO, PPO) have in common: whose prompt is whose, at every forward."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -55,26 +55,31 @@ class CheckedReward:
             list of rewards, `None` where it does not apply.
         user_column (`str`):
             The column that names the user.
+        names (`Callable`):
+            What may be shown of user ids ([`~UserRegistry.names`]).
 
     Raises:
         NonFiniteError: when called, for a reward that is NaN or infinite.
     """
 
-    def __init__(self, function: Callable, user_column: str):
+    def __init__(self, function: Callable, user_column: str, names: Callable[[Iterable[Any]], list[str]]):
         self.function = function
         self.user_column = user_column
+        self.names = names
         self.__name__ = get_callable_name(function)
 
     def __call__(self, **kwargs: Any) -> list[float | None]:
         rewards = self.function(**kwargs)
         bad = [place for place, reward in enumerate(rewards) if reward is not None and not math.isfinite(reward)]
         if bad:
-            _raise_not_finite(self.__name__, bad, kwargs[self.user_column])
+            _raise_not_finite(self.__name__, bad, kwargs[self.user_column], self.names)
         return rewards
 
 
-def _raise_not_finite(name: str, places: Sequence[int], user_ids: Sequence[Any]) -> None:
-    users = sorted({str(user_ids[place]) for place in places})
+def _raise_not_finite(
+    name: str, places: Sequence[int], user_ids: Sequence[Any], names: Callable[[Iterable[Any]], list[str]]
+) -> None:
+    users = sorted(set(names(user_ids[place] for place in places)))
     raise NonFiniteError(
         f"The reward function {name!r} gave {len(places)} reward(s) that are NaN or infinite (places {list(places[:10])} of the "
         f"generation batch, users {', '.join(map(repr, users[:10]))}); stopped before anything was updated. Look at the reward model "
@@ -214,10 +219,10 @@ class OnlinePolicyMixin(UserBatchesMixin):
                 check_prompt_rows(dataset, args.user_column, name)
                 self._find(column_of(dataset, args.user_column), args.unseen, f"the {name} dataset")
         functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        return [self._checked(function, args.user_column) for function in functions], config
+        return [self._checked(function, args.user_column, self.users.names) for function in functions], config
 
     @staticmethod
-    def _checked(function: Any, user_column: str) -> Any:
+    def _checked(function: Any, user_column: str, names: Callable[[Iterable[Any]], list[str]]) -> Any:
         personal = isinstance(function, PeftModel) and isinstance(function.active_peft_config, ShareLoraConfig)
         if isinstance(function, str) and Path(function, "adapter_config.json").is_file():
             personal = PeftConfig.from_pretrained(function).peft_type == ShareLoraType.SHARELORA
@@ -228,7 +233,7 @@ class OnlinePolicyMixin(UserBatchesMixin):
             )
         if isinstance(function, str | nn.Module) or is_async_callable(function):
             return function
-        return CheckedReward(function, user_column)
+        return CheckedReward(function, user_column, names)
 
     # -- whose is whose ---------------------------------------------------------------------------------------------------
 
@@ -306,7 +311,7 @@ class OnlinePolicyMixin(UserBatchesMixin):
             # an async function says "does not apply" with a NaN too, a model cannot
             bad = ~column.isfinite() if isinstance(function, nn.Module) else column.isinf()
             if bad.any():
-                _raise_not_finite(name, bad.nonzero().flatten().tolist(), user_ids)
+                _raise_not_finite(name, bad.nonzero().flatten().tolist(), user_ids, self.users.names)
         self._record_rewards(self._open_users(), mine)
         return rewards
 

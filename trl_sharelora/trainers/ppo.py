@@ -308,7 +308,8 @@ class ShareLoraPPOTrainer(OnlinePolicyMixin, GRPOTrainer):
         self._scores = self._weighted(rewards[start : start + len(prompts)])  # (rows,)
         missing = self._scores.isnan()
         if missing.any():
-            users = sorted({str(inputs[row][self.args.user_column]) for row in missing.nonzero().flatten().tolist()})
+            places = missing.nonzero().flatten().tolist()
+            users = sorted(set(self.users.names(inputs[place][self.args.user_column] for place in places)))
             raise NonFiniteError(
                 f"No reward function applies to {int(missing.sum())} completions (users {', '.join(map(repr, users[:10]))}); PPO's "
                 "critic cannot leave one out. Give a reward function that applies to all, or use ShareLoraRLOOTrainer."

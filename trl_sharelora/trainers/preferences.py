@@ -88,7 +88,7 @@ class PreferencePairsMixin(UserBatchesMixin):
             check_preference_rows(dataset, column, dataset_name)
         user_ids = column_of(dataset, column)
         user_index = self.users.find(user_ids)
-        unseen = sorted({str(user_id) for user_id, row in zip(user_ids, user_index, strict=True) if row < 0})
+        unseen = sorted(set(self.users.names(i for i, row in zip(user_ids, user_index, strict=True) if row < 0)))
         if unseen and args.unseen == "raise":
             raise UnknownUserError(
                 f"In the {dataset_name} dataset: {self.users.unknown_message(unseen)} In the trainer: "
@@ -103,9 +103,12 @@ class PreferencePairsMixin(UserBatchesMixin):
                 dataset_name,
                 len(unseen),
             )
+        columns: dict[str, list[Any]] = {"user_index": user_index}
+        if self.users.pseudonymous:  # nothing that follows sees an id
+            columns[column] = self.users.names(user_ids)
         # `map` and not `add_column`, which leaves a dataset with selected rows in pieces of a row each
         dataset = dataset.map(
-            lambda _, rows: {"user_index": [user_index[row] for row in rows]},
+            lambda _, rows: {name: [values[row] for row in rows] for name, values in columns.items()},
             with_indices=True,
             batched=True,
             desc=f"Finding the users of the {dataset_name} dataset",

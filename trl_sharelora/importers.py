@@ -1,0 +1,614 @@
+"""Preference logs of others as standard rows `{"user_id", "prompt", "chosen", "rejected"}` and `meta`.
+
+Each importer takes a local file or an id of the hub, says what it left out and why, and refuses a file of another schema
+with the fields that came, those that were needed, and the importer that would fit. Ties hold no preference and are left
+out; nothing is decided by a coin.
+
+Where the schemas were seen:
+
+- `summarize-from-feedback`: `openai/summarize_from_feedback`, config `comparisons`: `info` (`post`, `title`, `subreddit`,
+  `article`), `summaries` (two records with `text`, `policy`), `choice`, `worker`, `extra.confidence`.
+- `prism`: `HannahRoseKirk/prism-alignment`, `data/prism_datacard.md` of github.com/HannahKirk/prism-alignment (what
+  `conversations.jsonl` and `utterances.jsonl` hold); the fields of `conversation_history` (`turn`, `role` "user" or "model",
+  `content`, `model_name`, `score`, `if_chosen`, `within_turn_id`) and of utterances (`utterance_id`, `interaction_id`,
+  `user_prompt`, `model_response`) in several public readers.
+- `personalllm`: `data/gen_pref_interaction_database.py` of github.com/namkoong-lab/PersonalLLM (`person_id`, and for j = 1, 2, ...
+  `prompt_j`, `response_j_a`, `response_j_b`, `chosen_j` "a" or "b"; a person with fewer has None).
+- `multipref`: `allenai/multipref`: `text`, `completion_a`, `completion_b`, `normal_worker_annotations` and
+  `expert_worker_annotations`, each a list of `evaluator`, `overall_pref` (and `helpful_pref`, `truthful_pref`, `harmless_pref`):
+  "A-is-clearly-better", "A-is-slightly-better", "Tie", "B-is-...".
+- `helpsteer2`: `nvidia/HelpSteer2`: `prompt`, `response` and five whole-numbered scores.
+- `label-studio`: labelstud.io/guide/task_format and labelstud.io/templates/pairwise_comparison: tasks with `data` and
+  `annotations` (`completed_by`, `was_cancelled`, `result`); a result of type "pairwise" has `value.selected`, "left" or "right".
+- `trl`: the preference format of TRL with one more column; `csv`: the same in a table, every cell read as text.
+"""
+
+import gzip
+import json
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+from .data import check_preference_rows, load_preferences
+from .errors import ConfigError, DataError, UserIdError, some_rows
+from .users import user_id_as_text
+
+
+ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+ASPECTS = ("overall", "helpful", "truthful", "harmless")
+# One outcome of a record: a row, or why there is none.
+Outcome = dict[str, Any] | str
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of columns, where a file may have its own.
+
+    Args:
+        user (`str`, *optional*):
+            Who judged. By default `user_id`, in Label Studio `completed_by` of the annotation.
+        prompt (`str`, *optional*), chosen (`str`, *optional*), rejected (`str`, *optional*):
+            By default those names.
+        left (`str`, *optional*), right (`str`, *optional*):
+            In Label Studio, the fields of `data` with the two texts. By default the names in `toName` of the Pairwise tag, which are
+            those of the fields in its template.
+        aspect (`str`, *optional*, defaults to `"overall"`):
+            In MultiPref, whose judgement: `"overall"`, `"helpful"`, `"truthful"` or `"harmless"`.
+    """
+
+    user: str = "user_id"
+    prompt: str = "prompt"
+    chosen: str = "chosen"
+    rejected: str = "rejected"
+    left: str | None = None
+    right: str | None = None
+    aspect: str = "overall"
+
+
+@dataclass
+class Imported:
+    """Standard rows and what is not among them.
+
+    Args:
+        rows (`list[dict]`):
+            `user_id`, `prompt` (where there is one), `chosen`, `rejected`, `margin` and `split` where the source has them, `meta`.
+        left_out (`dict[str, int]`):
+            Number of comparisons left out by reason.
+        format (`str`), source (`str`):
+            Where they come from.
+    """
+
+    rows: list[dict[str, Any]]
+    left_out: dict[str, int]
+    format: str
+    source: str
+
+    @property
+    def dataset(self) -> Dataset:
+        return Dataset.from_list(self.rows)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the rows; the same rows always give the same bytes.
+
+        Args:
+            path (`str` or `os.PathLike`):
+                Ends in `.jsonl`, `.jsonl.gz` or `.parquet`.
+
+        Raises:
+            DataError: Another ending.
+        """
+        write_rows(self.rows, path)
+
+    def __str__(self) -> str:
+        users = Counter(row["user_id"] for row in self.rows)
+        lines = [f"{len(self.rows):,} comparisons of {len(users):,} users from {self.source} ({self.format})"]
+        lines += [f"left out: {number:,} {reason}" for reason, number in self.left_out.items()]
+        return "\n".join(lines)
+
+
+def write_rows(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
+    """Write rows as JSON lines or Parquet, see [`Imported.save`]."""
+    path = Path(path)
+    if not path.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
+        raise DataError(f"The output {str(path)!r} does not end in .jsonl, .jsonl.gz or .parquet.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        Dataset.from_list([dict(row) for row in rows]).to_parquet(str(path))
+        return
+    data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "surrogatepass")
+    # no file name and no time in gzip's header
+    path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+
+
+class _Mismatch(Exception):
+    """A record that is not of the schema: what is wrong with it."""
+
+
+def _is_blank(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip()) or value == []
+
+
+def _standard(user: Any, prompt: Any, replies: Sequence[Any], meta: dict[str, Any], **more: Any) -> Outcome:
+    """A standard row, or why these texts make none. `prompt` is None where there is none; the chosen reply comes first."""
+    chosen, rejected = replies
+    if _is_blank(chosen) or _is_blank(rejected):
+        return "with an empty reply"
+    if prompt is not None and _is_blank(prompt):
+        return "with an empty prompt"
+    if chosen == rejected:
+        return "with equal replies"
+    row = {"user_id": user} | ({} if prompt is None else {"prompt": prompt})
+    return row | {"chosen": chosen, "rejected": rejected} | more | {"meta": meta}
+
+
+def _trl(rows: Sequence[dict], columns: Columns) -> Iterator[tuple[int, Outcome]]:
+    has_prompt = any(row.get(columns.prompt) is not None for row in rows)
+    has_margin = any(row.get("margin") is not None for row in rows)
+    for number, row in enumerate(rows):
+        user = row[columns.user]
+        more = {"margin": row.get("margin")} if has_margin else {}
+        prompt = row.get(columns.prompt)
+        yield (
+            number,
+            "without a user"
+            if _is_blank(user)
+            else _standard(
+                user, (prompt or "") if has_prompt else None, (row[columns.chosen], row[columns.rejected]), {}, **more
+            ),
+        )
+
+
+def _summarize(rows: Sequence[dict], columns: Columns) -> Iterator[tuple[int, Outcome]]:
+    for number, row in enumerate(rows):
+        info, summaries = row["info"], row["summaries"]
+        if not isinstance(info, dict) or not isinstance(summaries, list) or len(summaries) != 2:
+            raise _Mismatch(f"record {number}: `info` must be a record and `summaries` two of them")
+        if not all(isinstance(summary, dict) and "text" in summary for summary in summaries):
+            raise _Mismatch(f"record {number}: a summary has no `text`")
+        if isinstance(row["choice"], bool) or row["choice"] not in (0, 1):
+            raise _Mismatch(f"record {number}: `choice` is {row['choice']!r}, not 0 or 1")
+        if not info.get("post"):
+            yield number, "of news articles (another task)"
+            continue
+        if not isinstance(info.get("title"), str) or not isinstance(info.get("subreddit"), str):
+            raise _Mismatch(f"record {number}: `info` has a post and no title or subreddit")
+        chosen, rejected = summaries[row["choice"]], summaries[1 - row["choice"]]
+        meta = {
+            "confidence": (row.get("extra") or {}).get("confidence"),
+            "batch": row.get("batch"),
+            "policy_chosen": chosen.get("policy"),
+            "policy_rejected": rejected.get("policy"),
+        }
+        # the text of the paper's code: prompt + reply, with the space that belongs to the reply
+        prompt = f"SUBREDDIT: r/{info['subreddit']}\nTITLE: {info['title']}\nPOST: {info['post']}\nTL;DR:"
+        texts = [" " + summary["text"] if summary["text"] else "" for summary in (chosen, rejected)]
+        yield number, _standard(row["worker"], prompt, texts, meta)
+
+
+def _of_turn(
+    user: Any, context: list[dict[str, str]], replies: Sequence[dict[str, Any]], meta: dict[str, Any]
+) -> Iterator[Outcome]:
+    """The rows of one turn of a PRISM conversation: the chosen reply against each of the others."""
+    chosen = [reply for reply in replies if reply.get("if_chosen") is True]
+    if len(replies) < 2:
+        yield "turns with one reply"
+        return
+    if len(chosen) != 1:
+        yield "turns without a single chosen reply"
+        return
+    for reply in replies:
+        if reply is chosen[0]:
+            continue
+        if reply.get("score") is not None and reply["score"] == chosen[0].get("score"):
+            yield "ties (both replies have the same score)"
+            continue
+        texts = [side["content"] for side in (chosen[0], reply)]
+        outcome = _standard(
+            user,
+            context,
+            texts,
+            meta
+            | {
+                "score_chosen": chosen[0].get("score"),
+                "score_rejected": reply.get("score"),
+                "model_chosen": chosen[0].get("model_name"),
+                "model_rejected": reply.get("model_name"),
+            },
+        )
+        if isinstance(outcome, dict):
+            for side in ("chosen", "rejected"):
+                outcome[side] = [{"role": "assistant", "content": outcome[side]}]
+        yield outcome
+
+
+def _prism(rows: Sequence[dict], columns: Columns) -> Iterator[tuple[int, Outcome]]:
+    if "user_prompt" in rows[0]:
+        rows = _conversations_of(rows)
+    for number, row in enumerate(rows):
+        history = row["conversation_history"]
+        if not isinstance(history, list) or not all(
+            isinstance(entry, dict) and entry.get("role") in ("user", "model") and "turn" in entry for entry in history
+        ):
+            raise _Mismatch(
+                f"record {number}: `conversation_history` must be a list of entries with `turn`, `role` (user or model) and `content`"
+            )
+        turns: dict[Any, list[dict]] = defaultdict(list)
+        for entry in history:
+            turns[entry["turn"]].append(entry)
+        context: list[dict[str, str]] = []
+        for turn in sorted(turns):
+            asked = [entry["content"] for entry in turns[turn] if entry["role"] == "user"]
+            replies = [entry for entry in turns[turn] if entry["role"] == "model"]
+            if len(asked) != 1 or _is_blank(asked[0]):
+                yield number, "turns without one prompt (and what follows them)"
+                break
+            context = [*context, {"role": "user", "content": asked[0]}]
+            meta = {"conversation_id": row["conversation_id"], "turn": turn}
+            for outcome in _of_turn(row["user_id"], context, replies, meta):
+                yield number, outcome
+            chosen = [entry for entry in replies if entry.get("if_chosen") is True]
+            if len(chosen) != 1 or _is_blank(chosen[0]["content"]):
+                break  # what follows answers a reply that is not known
+            context = [*context, {"role": "assistant", "content": chosen[0]["content"]}]
+
+
+def _conversations_of(rows: Iterable[dict]) -> list[dict]:
+    """PRISM's utterances (a row for each reply) as its conversations."""
+    conversations: dict[Any, dict] = {}
+    for row in rows:
+        conversation = conversations.setdefault(
+            row["conversation_id"],
+            {"user_id": row["user_id"], "conversation_id": row["conversation_id"], "conversation_history": []},
+        )
+        history = conversation["conversation_history"]
+        asked = {"turn": row["turn"], "role": "user", "content": row["user_prompt"]}
+        if asked not in history:
+            history.append(asked)
+        reply = {key: row.get(key) for key in ("turn", "score", "if_chosen", "model_name")}
+        history.append(reply | {"role": "model", "content": row["model_response"]})
+    return list(conversations.values())
+
+
+def _personalllm(rows: Sequence[dict], columns: Columns) -> Iterator[tuple[int, Outcome]]:
+    fields = {name for row in rows for name in row}
+    numbers = sorted(int(found[1]) for name in fields if (found := re.fullmatch(r"prompt_(\d+)", name)))
+    for number, row in enumerate(rows):
+        for j in numbers:
+            values = [row.get(name) for name in (f"prompt_{j}", f"response_{j}_a", f"response_{j}_b", f"chosen_{j}")]
+            if all(value is None for value in values):
+                continue  # a person with fewer interactions
+            prompt, first, second, choice = values
+            if choice not in ("a", "b"):
+                raise _Mismatch(f"record {number}: `chosen_{j}` is {choice!r}, not 'a' or 'b'")
+            texts = (first, second) if choice == "a" else (second, first)
+            yield number, _standard(row["person_id"], prompt or "", texts, {"interaction": j})
+
+
+def _multipref(rows: Sequence[dict], columns: Columns) -> Iterator[tuple[int, Outcome]]:
+    if columns.aspect not in ASPECTS:
+        raise ConfigError(f"aspect={columns.aspect!r} came; one of {', '.join(ASPECTS)} is needed.")
+    for number, row in enumerate(rows):
+        for kind in ("normal", "expert"):
+            for annotation in row.get(f"{kind}_worker_annotations") or []:
+                if not isinstance(annotation, dict) or "evaluator" not in annotation:
+                    raise _Mismatch(f"record {number}: an annotation has no `evaluator`")
+                judgement = annotation.get(f"{columns.aspect}_pref")
+                found = re.fullmatch(r"([AB])-is-(clearly|slightly)-better", str(judgement))
+                if not found:
+                    yield (
+                        number,
+                        f"{'ties' if judgement == 'Tie' else 'without a judgement'} ({columns.aspect}_pref)",
+                    )
+                    continue
+                texts = (row["completion_a"], row["completion_b"])
+                meta = {
+                    "kind": kind,
+                    "strength": found[2],
+                    "comparison_id": row.get("comparison_id"),
+                    "prompt_id": row.get("prompt_id"),
+                }
+                ordered = texts if found[1] == "A" else texts[::-1]
+                yield number, _standard(annotation["evaluator"], row["text"] or "", ordered, meta)
+
+
+def _helpsteer2(rows: Sequence[dict], columns: Columns) -> Iterator[tuple[int, Outcome]]:
+    answers: dict[str, list[int]] = defaultdict(list)
+    for number, row in enumerate(rows):
+        scores = [row[name] for name in ATTRIBUTES]
+        if any(isinstance(score, bool) or not isinstance(score, (int, float)) for score in scores):
+            raise _Mismatch(f"record {number}: the scores are {scores}, not numbers")
+        answers[row["prompt"]].append(number)
+    for prompt, numbers in answers.items():
+        if len(numbers) == 1:
+            yield numbers[0], "prompts with one reply"
+        for pair in combinations(numbers, 2):
+            for name in ATTRIBUTES:
+                worse, better = sorted(pair, key=lambda number: rows[number][name])
+                meta = {f"score_{side}": rows[n][name] for side, n in (("chosen", better), ("rejected", worse))}
+                if meta["score_chosen"] == meta["score_rejected"]:
+                    yield pair[0], f"ties in {name}"
+                    continue
+                texts = (rows[better]["response"], rows[worse]["response"])
+                yield pair[0], _standard(name, prompt or "", texts, meta)
+
+
+def _label_studio(rows: Sequence[dict], columns: Columns) -> Iterator[tuple[int, Outcome]]:
+    for number, task in enumerate(rows):
+        data = task["data"]
+        if not isinstance(data, dict) or not isinstance(task["annotations"], list):
+            raise _Mismatch(f"record {number}: `data` must be a record and `annotations` a list")
+        for annotation in task["annotations"]:
+            if annotation.get("was_cancelled"):
+                yield number, "skipped by the annotator"
+                continue
+            results = [found for found in annotation.get("result") or [] if found.get("type") == "pairwise"]
+            if not results:
+                yield number, "annotations without a pairwise result"
+            user = annotation.get("completed_by")
+            user = user.get("id") if isinstance(user, dict) else user  # some exports write the whole account
+            for result in results:
+                selected = (result.get("value") or {}).get("selected")
+                if selected not in ("left", "right"):
+                    yield number, "annotations with neither side selected"
+                    continue
+                named = [name.strip() for name in str(result.get("to_name", "")).split(",")]
+                left, right = columns.left or named[0], columns.right or named[-1]
+                absent = [name for name in (left, right) if name not in data]
+                if absent:
+                    raise _Mismatch(
+                        f"record {number}: `data` has the fields {sorted(data)} and not {absent}; name those of the two texts (--left, --right)"
+                    )
+                sides = (data[left], data[right]) if selected == "left" else (data[right], data[left])
+                prompt = data.get(columns.prompt)
+                meta = {"task": str(task.get("id")), "annotation": str(annotation.get("id"))}
+                yield number, "without a user" if _is_blank(user) else _standard(user, prompt, sides, meta)
+
+
+@dataclass(frozen=True)
+class Format:
+    """One schema.
+
+    Args:
+        convert (`Callable`):
+            Records and [`Columns`] to outcomes `(record number, row or reason)`.
+        needs (`tuple[tuple[str, ...], ...]`):
+            Fields of every record; several sets where the schema has several forms.
+        hub (`dict`):
+            What [`~datasets.load_dataset`] takes for the hub's own copy.
+        what (`str`):
+            For the help.
+    """
+
+    convert: Callable[[Sequence[dict], Columns], Iterator[tuple[int, Outcome]]]
+    needs: tuple[tuple[str, ...], ...]
+    what: str
+    hub: dict[str, str] = field(default_factory=dict)
+
+
+FORMATS: dict[str, Format] = {
+    "trl": Format(_trl, (("{user}", "{chosen}", "{rejected}"),), "TRL's preference format with a user column"),
+    "csv": Format(_trl, (("{user}", "{chosen}", "{rejected}"),), "a table, every cell read as text"),
+    "summarize-from-feedback": Format(
+        _summarize,
+        (("info", "summaries", "choice", "worker"),),
+        "openai/summarize_from_feedback, comparisons",
+        # the main branch is a loading script, which `datasets` no longer runs; the hub keeps its output on this one
+        {"path": "openai/summarize_from_feedback", "revision": "refs/convert/parquet", "data_dir": "comparisons"},
+    ),
+    "prism": Format(
+        _prism,
+        (
+            ("user_id", "conversation_id", "conversation_history"),
+            ("user_id", "conversation_id", "turn", "user_prompt", "model_response", "score", "if_chosen"),
+        ),
+        "PRISM, conversations or utterances",
+        {"path": "HannahRoseKirk/prism-alignment", "name": "conversations"},
+    ),
+    "personalllm": Format(
+        _personalllm,
+        (("person_id", "prompt_1", "response_1_a", "response_1_b", "chosen_1"),),
+        "PersonalLLM's interaction database",
+        {"path": "namkoong-lab/PersonalLLM_InteractionDatabase"},
+    ),
+    "multipref": Format(
+        _multipref,
+        (("text", "completion_a", "completion_b", "normal_worker_annotations", "expert_worker_annotations"),),
+        "MultiPref, each annotation by its evaluator",
+        {"path": "allenai/multipref", "name": "default"},
+    ),
+    "helpsteer2": Format(
+        _helpsteer2,
+        (("prompt", "response", *ATTRIBUTES),),
+        "HelpSteer2, its five attributes as users",
+        {"path": "nvidia/HelpSteer2"},
+    ),
+    "label-studio": Format(
+        _label_studio, (("data", "annotations"),), "Label Studio's JSON export with a Pairwise tag"
+    ),
+}
+
+
+def import_preferences(
+    source: str | os.PathLike | None, format: str, columns: Columns | None = None, split: str | None = None
+) -> Imported:
+    """Make standard preference rows of a log in another schema.
+
+    Args:
+        source (`str` or `os.PathLike`, *optional*):
+            A file (`.json`, `.jsonl`, `.csv`, each also `.gz`, `.parquet`), a folder of data files or of `save_to_disk`, or an id of
+            the hub; by default the hub's own copy of the format.
+        format (`str`):
+            A key of `FORMATS`.
+        columns ([`Columns`], *optional*):
+            Names of columns, where the file has its own.
+        split (`str`, *optional*):
+            Take one split only. Otherwise all are taken, and a column `split` names them where there are several.
+
+    Returns:
+        [`Imported`]: Rows, and what was left out.
+
+    Raises:
+        DataError: It cannot be read, is of another schema, or nothing is left.
+        UserIdError: A user id is not usable.
+        ConfigError: There is no such format, or it has no copy on the hub.
+    """
+    if format not in FORMATS:
+        raise ConfigError(f"There is no importer {format!r}; there are {', '.join(FORMATS)}.")
+    columns = columns or Columns()
+    schema = FORMATS[format]
+    if source is None and not schema.hub:
+        raise ConfigError(f"Say which file to import: {format!r} is a format, not a dataset of the hub.")
+    name = str(source) if source is not None else schema.hub["path"]
+    parts = _read(name, schema, format)
+    if split is not None:
+        if split not in parts:
+            raise DataError(f"{name!r} has the splits {sorted(map(str, parts))}; {split!r} is none of them.")
+        parts = {split: parts[split]}
+    rows: list[dict[str, Any]] = []
+    left_out: Counter[str] = Counter()
+    for part, records in parts.items():
+        _check_schema(records, name, format, columns)
+        bad_ids: dict[str, list[int]] = {}
+        try:
+            for number, outcome in schema.convert(records, columns):
+                if isinstance(outcome, str):
+                    left_out[outcome] += 1
+                    continue
+                try:
+                    outcome["user_id"] = user_id_as_text(outcome["user_id"])
+                except UserIdError as error:
+                    bad_ids.setdefault(str(error), []).append(number)
+                    continue
+                rows.append(outcome | ({"split": part} if len(parts) > 1 else {}))
+        except _Mismatch as mismatch:
+            raise DataError(_of_another_schema(records, name, format, columns, str(mismatch))) from None
+        if bad_ids:
+            numbers = sorted(number for found in bad_ids.values() for number in found)
+            raise UserIdError(f"{name!r}: {some_rows(numbers)} have ids that cannot be used. {next(iter(bad_ids))}")
+    if not rows:
+        raise DataError(
+            f"Nothing is left of {name!r} ({format}): {dict(left_out) or 'there is no comparison in it'}. Is it another part of the dataset?"
+        )
+    imported = Imported(rows, dict(left_out), format, name)
+    check_preference_rows(imported.dataset.remove_columns("meta"), name=f"imported ({name})")
+    return imported
+
+
+def _needed(format: str, columns: Columns) -> list[list[str]]:
+    names = {"user": columns.user, "chosen": columns.chosen, "rejected": columns.rejected}
+    return [[name.format(**names) for name in needs] for needs in FORMATS[format].needs]
+
+
+def _check_schema(records: Sequence[dict], name: str, format: str, columns: Columns) -> None:
+    if not records:
+        raise DataError(f"{name!r} is empty: 0 records. Look at the name of the split and at how it was made.")
+    fields = set(records[0])
+    if not any(set(needs) <= fields for needs in _needed(format, columns)):
+        raise DataError(_of_another_schema(records, name, format, columns))
+    needs = next(needs for needs in _needed(format, columns) if set(needs) <= fields)
+    # of a JSON file, some records may lack a field; those of a table have it and may be None
+    lacking = [number for number, row in enumerate(records) if not set(needs) <= set(row)]
+    if lacking:
+        raise DataError(
+            f"{name!r} ({format}): {some_rows(lacking)} lack some of the fields {', '.join(needs)}; the first has {sorted(records[lacking[0]])}. Is it "
+            "put together from several files?"
+        )
+
+
+def _of_another_schema(
+    records: Sequence[dict], name: str, format: str, columns: Columns, problem: str | None = None
+) -> str:
+    fields = set(records[0])
+    needed = " or ".join(", ".join(needs) for needs in _needed(format, columns))
+    fitting = [
+        other
+        for other in FORMATS
+        if other not in (format, "csv") and any(set(needs) <= fields for needs in _needed(other, columns))
+    ]
+    if fitting:
+        hint = f"The importer {' or '.join(map(repr, fitting))} fits these fields."
+    elif format in ("trl", "csv"):
+        hint = "Name the columns it has: --user_column, --chosen_column, --rejected_column."
+    else:
+        hint = "No importer fits these fields; rename them to user_id, prompt, chosen, rejected and take 'trl'."
+    lacking: list[list[str]] = [sorted(set(needs) - fields) for needs in _needed(format, columns)]
+    missing = min(lacking, key=len)
+    what = problem or f"{', '.join(missing)} missing"
+    return f"{name!r} is not of the schema {format!r} ({what}). Its fields are {', '.join(sorted(fields))}; needed: {needed}. {hint}"
+
+
+def _read(name: str, schema: Format, format: str) -> dict[Any, list[dict]]:
+    """Records by split; a single part is called None."""
+    path = Path(name)
+    suffix = "".join(path.suffixes[-2:] if path.suffix == ".gz" else path.suffixes[-1:]).lower().removesuffix(".gz")
+    if suffix in (".json", ".jsonl") and not path.is_dir():
+        return _by_split(_json_records(path))
+    if suffix in (".csv", ".parquet") and not path.is_dir():
+        return _by_split(list(load_preferences(path).with_format(None)))
+    if format in ("csv", "label-studio"):
+        kind = "CSV" if format == "csv" else "JSON"
+        raise DataError(f"The importer {format!r} takes a {kind} file; {name!r} is none (looked for in {Path.cwd()}).")
+    saved = path.is_dir() and any((path / file).is_file() for file in ("state.json", "dataset_dict.json"))
+    try:
+        if saved:
+            loaded = load_from_disk(str(path))
+        else:
+            loaded = load_dataset(
+                **(schema.hub if name == schema.hub.get("path") and not path.is_dir() else {"path": name})
+            )
+    except Exception as error:  # `datasets` raises a dozen kinds, from the network's to pyarrow's
+        raise DataError(
+            f"{name!r} cannot be read: {type(error).__name__}: {error} A file or folder that exists, or an id of the hub, is needed. Without "
+            "a network, download it elsewhere and give the copy."
+        ) from error
+    if isinstance(loaded, DatasetDict) and len(loaded) > 1:
+        return {part: list(rows.with_format(None)) for part, rows in loaded.items()}
+    rows = next(iter(loaded.values())) if isinstance(loaded, DatasetDict) else loaded
+    return _by_split(list(rows.with_format(None)))
+
+
+def _by_split(records: list[dict]) -> dict[Any, list[dict]]:
+    """The parts that a column `split` names; MultiPref and others without it are one part."""
+    names = [record.get("split") for record in records]
+    if not all(isinstance(name, str) and name for name in names) or not names:
+        return {None: records}
+    parts: dict[Any, list[dict]] = defaultdict(list)
+    for name, record in zip(names, records, strict=True):
+        parts[name].append(record)
+    return dict(parts)
+
+
+def _json_records(path: Path) -> list[dict]:
+    """Records of a JSON list or of JSON lines, as they are: records of some schemas differ in their fields' types."""
+    if not path.is_file():
+        raise DataError(f"There is no file {str(path)!r} (looked for in {Path.cwd()}).")
+    opener = gzip.open if path.suffix.lower() == ".gz" else open
+    try:
+        with opener(path, "rb") as file:
+            text = file.read().decode("utf-8-sig")
+    except (UnicodeDecodeError, EOFError, OSError) as error:
+        raise DataError(f"{path} cannot be read as UTF-8 text: {type(error).__name__}: {error}.") from error
+    records: list[Any] = []
+    whole = text.lstrip().startswith("[")
+    for number, part in enumerate([text] if whole else text.split("\n"), start=1):
+        if not part.strip():
+            continue
+        try:
+            value = json.loads(part)
+        except json.JSONDecodeError as error:
+            line = error.lineno if whole else number
+            raise DataError(
+                f"{path} is not JSON at line {line}: {error}. Is the file cut off or edited by hand?"
+            ) from error
+        records.extend(value if whole else [value])
+    bad = [number for number, record in enumerate(records) if not isinstance(record, dict)]
+    if bad:
+        raise DataError(f"{path}: a record must be a JSON object; {some_rows(bad)} are not.")
+    return records

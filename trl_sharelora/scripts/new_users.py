@@ -1,0 +1,78 @@
+"""`trl-sharelora add-users` and `fit-users`: users who arrive after the training."""
+
+from argparse import Namespace
+from pathlib import Path
+
+from ..data import load_preferences
+from ..errors import ConfigError, UserIdError
+from ..new_users import add_users as add
+from ..new_users import fit_users as fit
+from ..scoring import load_reward_model, read_config
+from .confidence import loading_arguments
+
+
+def add_users(args: Namespace) -> None:
+    """Give rows to the users `args.users` and those of `args.users_file`, as the common model.
+
+    Args:
+        args (`argparse.Namespace`):
+            The arguments of `trl-sharelora add-users`.
+
+    Raises:
+        ConfigError: no users came, or the file is missing.
+    """
+    user_ids = list(args.users or [])
+    if args.users_file:
+        path = Path(args.users_file)
+        if not path.is_file():
+            raise ConfigError(f"--users_file {str(path)!r} is no file; one with a user id per line is needed.")
+        try:
+            user_ids += [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            raise UserIdError(f"{path} is not UTF-8 text ({error.reason}); write one user id per line.") from None
+    if not user_ids:
+        raise ConfigError("No users came; give --users ID [ID ...], or --users_file FILE with an id per line.")
+    directory = _directory(args.model_name_or_path)
+    model, _ = load_reward_model(directory, **loading_arguments(args))
+    before = len(read_config(directory).users)
+    rows = add(model, user_ids)
+    model.save_pretrained(directory)
+    new = len({row for row in rows if row >= before})
+    print(
+        f"{new} new users, {len(set(rows)) - new} known already; they start as the common model. Saved in {directory}"
+    )
+
+
+def fit_users(args: Namespace) -> None:
+    """Fit newcomers to their first answers and save the adapter; with `args.report_dir`, write the table.
+
+    Args:
+        args (`argparse.Namespace`):
+            The arguments of `trl-sharelora fit-users`.
+    """
+    dataset = load_preferences(args.dataset_name, split=args.dataset_split)
+    result = fit(
+        _directory(args.model_name_or_path),
+        dataset,
+        method=args.method,
+        user_column=args.user_column,
+        refit=args.refit,
+        batch_size=args.batch_size,
+        max_length=args.max_length,
+        **loading_arguments(args),
+    )
+    print(result)
+    if args.report_dir:
+        path = Path(args.report_dir, "new_users.csv")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        result.table.to_csv(path, index=False)
+        print(f"The whole table is in {path}")
+    print(f"Saved in {args.model_name_or_path}")
+
+
+def _directory(path: str) -> str:
+    if not Path(path).is_dir():
+        raise ConfigError(
+            f"{path!r} is no directory here; the adapter is changed and saved again, so download it first (one from the hub too)."
+        )
+    return path
