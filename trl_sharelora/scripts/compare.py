@@ -169,7 +169,9 @@ def compare(
     if training_args.disable_tqdm:
         datasets.disable_progress_bars()
         transformers.logging.disable_progress_bar()
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")  # TRL's to heed, once per run
+        warnings.filterwarnings(
+            "ignore", category=FutureWarning, module=r"transformers\."
+        )  # TRL's to heed, once per run
     output_dir = Path(training_args.output_dir)
     runs: dict[str, list[Run]] = {}
     rates = script_args.learning_rates or [training_args.learning_rate]
