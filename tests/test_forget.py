@@ -722,3 +722,28 @@ def test_what_is_said_and_written_of_long_rows_and_in_evaluations_are_pseudonyms
     assert result.table["user_id"].tolist() == names and set(result.rows["user_id"]) == set(names)
     for user_id in [*USERS, "eve-9d1c"]:
         assert user_id not in caplog.text and user_id not in str(result)
+
+
+def test_moments_of_a_checkpoint_whose_registry_has_grown_are_erased(tmp_path):
+    """Users added to a checkpoint have names and rows, and no moments yet."""
+    train(tmp_path, "resident")
+    folder = sorted(tmp_path.glob("checkpoint-*"))[-1]
+    model = load(folder)
+    add_users(model, ["eve-1", "fay-2"])
+    model.save_pretrained(folder)
+    forget_user(tmp_path, "bob-77c1")
+    states = torch.load(folder / "optimizer.pt", weights_only=True)["state"].values()
+    own = [moments for moments in states if moments["step"].ndim == 1]
+    assert own and all(not tensor[BOB].any() for moments in own for tensor in moments.values())
+    assert all(moments["exp_avg"][0].any() for moments in own)
+
+
+def test_a_torn_optimizer_is_found_before_anything_is_erased(tmp_path):
+    train(tmp_path, "resident")
+    folder = sorted(tmp_path.glob("checkpoint-*"))[-1]
+    path = folder / "optimizer.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    before = {file: file.read_bytes() for file in files(tmp_path)}
+    with pytest.raises(AdapterMismatchError, match="optimizer.pt cannot be read .*Nothing has been erased"):
+        forget_user(tmp_path, "bob-77c1")
+    assert {file: file.read_bytes() for file in files(tmp_path)} == before

@@ -6,7 +6,7 @@ import json
 import pytest
 from datasets import Dataset, DatasetDict
 
-from trl_sharelora import cli
+from trl_sharelora import cli, importers
 from trl_sharelora.data import check_preference_rows, load_preferences
 from trl_sharelora.errors import ConfigError, DataError, UserIdError
 from trl_sharelora.importers import FORMATS, Columns, import_preferences, write_rows
@@ -530,3 +530,18 @@ def test_the_command(tmp_path, capsys):
     assert load_preferences(out)["user_id"][:] == ["01"]
     with pytest.raises(SystemExit):
         cli.main(["data", "import", "--format", "argilla", source, out])
+
+
+def test_records_of_which_some_name_no_split_are_not_all_training():
+    with pytest.raises(DataError, match="1 of 3 records have no value in 'split', the others have"):
+        importers._by_split([{"split": "train"}, {"split": "test"}, {"split": None}])
+
+
+def test_columns_are_those_of_all_rows(tmp_path):
+    """A first row without a prompt does not take everybody's away."""
+    rows = [
+        {"user_id": "a", "chosen": "x", "rejected": "y"},
+        {"user_id": "b", "prompt": "p", "chosen": "x", "rejected": "y"},
+    ]
+    importers.write_rows(rows, tmp_path / "rows.parquet")
+    assert Dataset.from_parquet(str(tmp_path / "rows.parquet"))["prompt"][:] == [None, "p"]

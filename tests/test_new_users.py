@@ -623,3 +623,33 @@ def test_the_commands_change_a_saved_adapter(tmp_path, capsys):
     assert main([*fit, "--refit"]) == 0
     assert main(["add-users", *here]) == 2 and main(["add-users", *here, "--users_file", "nowhere"]) == 2
     assert main(["fit-users", "--model_name_or_path", "nowhere", "--dataset_name", str(tmp_path / "rows.jsonl")]) == 2
+
+
+def test_a_user_with_few_answers_is_fitted_alike_beside_one_with_many():
+    """The second is refined further, from where the first is not."""
+    spread = user_spread(reward_model())
+    rows = preference_rows(["new0", "new1"], 64, seed=3)
+    few = [row for row in rows if row["user_id"] == "new0"][:8]
+    found = []
+    for more in ([], [row for row in rows if row["user_id"] == "new1"][:24]):
+        model = reward_model()
+        result = fit_users(model, Dataset.from_list(few + more), TOKENIZER, spread=spread)
+        found.append((_UserMoves(model).read(get_router(model).users.index(["new0"])), result.table.iloc[0]))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-3, atol=1e-5)
+    assert found[0][1]["shrinkage"] == pytest.approx(found[1][1]["shrinkage"], abs=1e-4)
+
+
+def test_a_refit_without_a_usable_answer_leaves_the_user_as_he_is():
+    model = reward_model()
+    row = get_router(model).users.index(["user3"])
+    before = _UserMoves(model).read(row)
+    assert before.any()
+    fit_users(model, answers(["user3"]), TOKENIZER, refit=True, max_length=1)
+    assert torch.equal(_UserMoves(model).read(row), before)
+
+
+def test_a_merged_model_has_nobody_to_fit():
+    model = reward_model()
+    model.merge_and_unload(user="user3")
+    with pytest.raises(ConfigError, match="no ShareLoRA layer is in it .merge_and_unload takes them out"):
+        user_spread(model)

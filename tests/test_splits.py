@@ -511,3 +511,35 @@ def test_the_command_writes_a_split_and_applies_it(tmp_path, capsys):
     assert cli.main(["data", "split", source, out, "--by", "item", "--item", "pair"]) == 0
     for bad in (["--fractions", "train"], ["--by", "user", "--unseen", "x"], ["--by", "user", "--shots", "1,x"]):
         assert cli.main(["data", "split", source, out, *bad]) == 2
+
+
+def test_a_split_that_is_handed_on_names_nobody(tmp_path):
+    rows = [{"user_id": "secret-0", "prompt": "p0", "chosen": "a0", "rejected": "b0"}]
+    rows += [{"user_id": "u", "prompt": f"p{n}", "chosen": f"a{n}", "rejected": f"b{n}"} for n in range(1, 40)]
+    split = split_by_comparison(Dataset.from_list(rows), fewest={"train": 5}, too_few="leave_out")
+    split.save(tmp_path / "s.json")
+    assert "1 of 2 users have fewer rows than asked" in " ".join(split.notes)
+    assert "secret" not in (tmp_path / "s.json").read_text()
+    with pytest.raises(DataError, match="'secret-0' has 0 of 5 in train|'secret-0' has 1 of 5 in train"):
+        split_by_comparison(Dataset.from_list(rows), fewest={"train": 5})
+
+
+def test_a_prompt_that_both_answers_begin_with_is_on_one_side_only():
+    def side(question, answer):
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+    rows = [
+        {
+            "user_id": f"u{n % 4}",
+            "chosen": side(f"what is {n % 10}", f"c{n}"),
+            "rejected": side(f"what is {n % 10}", f"r{n}"),
+        }
+        for n in range(80)
+    ]
+    dataset = Dataset.from_list(rows)
+    names = split_by_item(dataset, near=1.0, too_few="keep").names_of(dataset)
+    sides = {}
+    for row, name in zip(rows, names, strict=True):
+        sides.setdefault(row["chosen"][0]["content"], set()).add(name)
+    assert len(sides) == 10 and all(len(found) == 1 for found in sides.values())
+    assert len({name for found in sides.values() for name in found}) > 1

@@ -203,6 +203,9 @@ def forget_user(
         for folder in known
         if configs[folder].bank not in ("ram", "mmap")
     }
+    for folder in known:
+        if (folder / OPTIMIZER_FILE).is_file():
+            _read_moments(folder / OPTIMIZER_FILE)
     report = ForgetReport(model_dir, known, tables)
     if report_influence is not None:
         report.influence = _influence_of_saved(model_dir, report_influence, user_id, key, measuring)
@@ -219,7 +222,7 @@ def forget_user(
             erase_row(folder / BANK_FOLDER, rows[folder])
             # what a save that was cut off has left there
             remove_unnamed(folder / BANK_FOLDER, read_manifest(folder / BANK_FOLDER)["segments"])
-        _erase_moments(folder / OPTIMIZER_FILE, rows[folder], len(registries[folder]))
+        _erase_moments(folder / OPTIMIZER_FILE, rows[folder])
         forget_in_confidence(folder, rows[folder])
     for folder in known:
         registries[folder].registry_id  # noqa: B018  made from the ids, if an older file has none: before one is gone
@@ -522,16 +525,27 @@ def _erase_resident(path: Path, tensors: list[tuple[int, int]], row: int) -> Non
         os.fsync(file.fileno())
 
 
-def _erase_moments(path: Path, row: int, users: int) -> None:
+def _read_moments(path: Path) -> dict[str, Any]:
+    """An optimiser's state; raises if it is torn, before anything else is erased."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds
+        raise AdapterMismatchError(
+            f"{path} cannot be read ({type(error).__name__}: {error}): torn. Nothing has been erased; take it from a backup, or remove it if no "
+            "training is to go on from there."
+        ) from None
+
+
+def _erase_moments(path: Path, row: int) -> None:
     """The user's moments in a checkpoint of a resident bank. A file of its own, and of the size of the bank: written anew."""
     if not path.is_file():
         return
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = _read_moments(path)
     erased = False
     for moments in state["state"].values():
         step: Any = moments.get("step")
-        # only the users' rows have a step count each
-        if isinstance(step, torch.Tensor) and step.shape == (users,):
+        # only the users' rows have a step count each; who was added after the checkpoint has none
+        if isinstance(step, torch.Tensor) and step.ndim == 1 and row < len(step):
             for tensor in moments.values():
                 tensor[row] = 0
             erased = True

@@ -92,7 +92,7 @@ class Imported:
 
     @property
     def dataset(self) -> Dataset:
-        return Dataset.from_list(self.rows)
+        return Dataset.from_list(_same_columns(self.rows))
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the rows; the same rows always give the same bytes.
@@ -113,6 +113,12 @@ class Imported:
         return "\n".join(lines)
 
 
+def _same_columns(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with the columns of all of them: `Dataset.from_list` would take those of the first."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return [{name: row.get(name) for name in names} for row in rows]
+
+
 def write_rows(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
     """Write rows as JSON lines or Parquet, see [`Imported.save`]."""
     path = Path(path)
@@ -120,7 +126,7 @@ def write_rows(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> No
         raise DataError(f"The output {str(path)!r} does not end in .jsonl, .jsonl.gz or .parquet.")
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
-        Dataset.from_list([dict(row) for row in rows]).to_parquet(str(path))
+        Dataset.from_list(_same_columns(rows)).to_parquet(str(path))
         return
     data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "surrogatepass")
     # no file name and no time in gzip's header
@@ -577,6 +583,12 @@ def _read(name: str, schema: Format, format: str) -> dict[Any, list[dict]]:
 def _by_split(records: list[dict]) -> dict[Any, list[dict]]:
     """The parts that a column `split` names; MultiPref and others without it are one part."""
     names = [record.get("split") for record in records]
+    named = sum(bool(name) for name in names)
+    if 0 < named < len(names):
+        raise DataError(
+            f"{len(names) - named} of {len(names)} records have no value in 'split', the others have. Rows of the test would become rows to train "
+            "on: fill it in everywhere, or drop the field."
+        )
     if not all(isinstance(name, str) and name for name in names) or not names:
         return {None: records}
     parts: dict[Any, list[dict]] = defaultdict(list)

@@ -32,7 +32,7 @@ from torch import nn
 
 from .confidence import CONFIDENCE_FOLDER, _open, add_comparisons, load_sets
 from .data import check_preference_rows, tokenize_preference
-from .errors import ConfigError, NonFiniteError, UserIdError, some_rows
+from .errors import ConfigError, NonFiniteError, PessimismError, UserIdError, some_rows
 from .pessimism import EllipsoidSets
 from .scoring import Scorer, check_known
 from .sharelora.bank import ResidentBank, SlotBank, WorkingSet
@@ -247,6 +247,11 @@ class _UserMoves:
             self.banks.sort(key=lambda bank: bank.number if isinstance(bank, SlotBank) else -1)
         if config.personal_head:
             self.banks += [module.moves for module in model.modules() if isinstance(module, PersonalHead)]
+        if not self.banks:
+            raise ConfigError(
+                f"{type(model).__name__} says that it has an adapter, but no ShareLoRA layer is in it (merge_and_unload takes them out, in place). "
+                "Load it anew."
+            )
         self.shapes = [
             tuple(bank.shape if isinstance(bank, SlotBank) else bank.weight.shape[1:]) for bank in self.banks
         ]
@@ -771,15 +776,23 @@ def fit_users(
         sets, settings = load_sets(directory, "ellipsoid", scorer)
         parameters = settings["parameters"]
 
+    if sets is not None and parameters != "own_factor" and sets.feature_size != scorer.head().in_features:
+        raise PessimismError(
+            f"The ellipsoids that came are of {sets.feature_size} features, the model's score head sees {scorer.head().in_features}: they are of "
+            "another model or of other parameters. Run fit_confidence for this one. Nothing has been changed."
+        )
+
     add_users(scorer.model, newcomers)
     bank = _UserMoves(scorer.model)
+    rewritten: list[int] = []
     for user_id, row, move in zip(newcomers, scorer.users.index(newcomers), fit.moves, strict=True):
-        if user_id not in fit.without_answers or row in moved:
+        if user_id not in fit.without_answers:  # who has been refitted to nothing keeps what he had
             bank.write(row, move)
+            rewritten.append(row)
     result = fit.result(dropped, _contradictions(pairs, len(newcomers)))
     if sets is not None and kept_rows:
-        for row in moved:
-            if row < sets.num_users:
+        for row in rewritten:
+            if row in moved and row < sets.num_users:
                 sets.remove(row)  # what is counted again below
         add_comparisons(
             scorer.model,
@@ -884,7 +897,8 @@ class _Fit:
         further = [user for user in asked if method == "pca" or (method == "auto" and len(self.own[user]) >= PCA_FROM)]
         if further:
             theta, margins, gradients = self._lbfgs(further, theta, margins, gradients, constants, hypotheses, centre)
-            at = theta.clone()
+            at = centre.clone()  # where each was linearised last: those who did not go further, at the centre
+            at[further] = theta[further]
             constants = margins - self._along(gradients, at)
             for user in further:
                 own = self.own[user]
@@ -895,7 +909,10 @@ class _Fit:
         if common is not None:
             for user in asked:
                 self._hold_out(user, constants, gradients, common, hypotheses)
-                theta[user] *= self.evidence[user].shrinkage
+                if (
+                    len(self.own[user]) > 1
+                ):  # of one answer nothing was held out, and the mean has weighed the common model already
+                    theta[user] *= self.evidence[user].shrinkage
                 self.posteriors[user] = theta[user].clone(), self.posteriors[user][1]
         else:
             for user in asked:

@@ -90,6 +90,19 @@ def plain_text(value: Any) -> str:
     return "\n".join(parts)
 
 
+def prompt_of(row: Mapping[str, Any]) -> str:
+    """A row's prompt as one string; of a conversational row without a column for it, the messages both answers begin with."""
+    sides = [row.get("chosen"), row.get("rejected")]
+    if row.get("prompt") is not None or not all(isinstance(side, list) for side in sides):
+        return plain_text(row.get("prompt"))
+    common = []
+    for one, other in zip(*sides, strict=False):
+        if one != other:
+            break
+        common.append(one)
+    return plain_text(common)
+
+
 def normalised(text: str) -> str:
     """A text without what does not make it another one: case, punctuation, spaces, Unicode form."""
     return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
@@ -460,10 +473,10 @@ def _treat_the_few(
     if not short:
         return
     first = next(iter(short))
-    what = (
-        f"{len(short)} of {len(counts)} users have fewer rows than asked ({_users_named(list(short))}; {first!r} has "
-        f"{', '.join(short[first])})"
+    number = (
+        f"{len(short)} of {len(counts)} users have fewer rows than asked"  # a split is handed on: no ids in its notes
     )
+    what = f"{number} ({_users_named(list(short))}; {first!r} has {', '.join(short[first])})"
     if too_few == "raise":
         raise DataError(
             f"The split is not possible as asked: {what}. Ask for fewer (fewest={dict(fewest)} came), {remedy}leave these users out "
@@ -473,9 +486,9 @@ def _treat_the_few(
         if len(short) == len(counts):
             raise DataError(f"Nobody would be left: {what}. Ask for fewer rows of a user.")
         names[:] = [LEFT_OUT if user in short else name for user, name in zip(users, names, strict=True)]
-        notes.append(f"left out: {what}")
+        notes.append(f"left out: {number}")
     else:
-        notes.append(f"kept as they are: {what}")
+        notes.append(f"kept as they are: {number}")
 
 
 def split_by_comparison(
@@ -574,7 +587,7 @@ def split_by_item(
         raise ConfigError(f"item={item!r} came; one of {', '.join(map(repr, ITEMS))} is needed.")
     rows = _Rows(dataset, user_column, seed)
     notes: list[str] = []
-    prompts = [plain_text(row.get("prompt")) for row in rows.rows]
+    prompts = [prompt_of(row) for row in rows.rows]
     if item in ("auto", "prompt"):
         groups = near_duplicates(prompts, near)
         largest = max(Counter(groups).values()) / len(groups)

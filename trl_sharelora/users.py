@@ -162,7 +162,8 @@ def user_id_as_text(value: Any, where: str = "", hidden: bool = False) -> str:
 def _several(user_ids: Iterable[Any]) -> Iterable[Any]:
     if isinstance(user_ids, (str, bytes)):
         # its letters would be taken for users
-        raise UserIdError(f"One user id came ({user_ids!r}) where several are needed; give a list: [{user_ids!r}].")
+        # the id itself is not repeated: a registry may be pseudonymous
+        raise UserIdError("One user id came (a text) where several are needed; give a list: [user_id].")
     return user_ids
 
 

@@ -1,6 +1,7 @@
 """`trl-sharelora data check | import | split`: look at a preference log, make one of another schema, split it."""
 
 import argparse
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,11 @@ def _split(args: argparse.Namespace) -> int:
             raise ConfigError(f"--unseen {args.unseen!r} came; a share such as 0.2 or a number is needed.") from None
         shots = _numbers(args.shots, "--shots")
         split = split_by_user(dataset, **shared, unseen=unseen, shots=shots, n_test=args.n_test)
+    if "split" in dataset.column_names:
+        before = ", ".join(f"{name!r} {n}" for name, n in sorted(Counter(map(str, dataset["split"][:])).items()))
+        print(
+            f"note: the rows have a column 'split' already ({before}); all of them are split anew, and it is replaced."
+        )
     names = split.names_of(dataset)  # also checks that the split is of these rows
     if str(args.output).endswith((".json", ".json.gz")):
         split.save(args.output)
