@@ -802,7 +802,7 @@ def test_what_is_unusual_is_scored_counted_and_logged(caplog):
     asked["completions"][2] = "w1 " * 200
     logged = {}
     reward = UserReward(model, processing_class=TOKENIZER, unseen="common", max_length=20)
-    with caplog.at_level(logging.WARNING, "trl_sharelora.rewards"):
+    with caplog.at_level(logging.WARNING, "trl_sharelora"):
         found = reward(**asked, log_metric=logged.__setitem__)
         reward(**asked)
     assert logged == {
@@ -884,7 +884,7 @@ def test_fit_confidence_refuses_what_it_cannot_use(saved, caplog):
         fit_confidence(saved, dataset.remove_columns("chosen"))
     with pytest.raises(DataError, match="All 12 comparisons are longer than max_length=2"):
         fit_confidence(saved, dataset, max_length=2)
-    with caplog.at_level(logging.WARNING, "trl_sharelora.rewards"):
+    with caplog.at_level(logging.WARNING, "trl_sharelora"):
         fit_confidence(saved, dataset, max_length=9, save=False)
     assert "of 12 comparisons are longer than max_length=9 and are left out" in caplog.text
     assert not shutil.os.path.exists(f"{saved}/confidence")
