@@ -525,14 +525,22 @@ def _split_of_rows(dataset: Dataset, split: str | None, source: str) -> Dataset:
     return dataset.select(rows)
 
 
-def _read_json(path: Path) -> Dataset:
-    """Rows of a JSON list or of JSON lines; a key that a row lacks is None."""
+def json_records(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON list or of JSON lines, `.gz` or not, each as it is.
+
+    Args:
+        path (`Path`):
+            The file.
+
+    Raises:
+        DataError: it is not UTF-8 text, not JSON (with the line), or holds something else than objects.
+    """
     opener = gzip.open if path.suffix.lower() == ".gz" else open
     try:
-        with opener(path, "rt", encoding="utf-8-sig") as file:
-            text = file.read()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error}); save it as UTF-8.") from error
+        with opener(path, "rb") as file:
+            text = file.read().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except (UnicodeDecodeError, EOFError, OSError) as error:
+        raise DataError(f"{path} cannot be read as UTF-8 text: {type(error).__name__}: {error}.") from error
     rows: list[Any] = []
     is_list = text.lstrip().startswith("[")
     # not splitlines(): JSON text may hold U+2028 and its like as they are
@@ -550,6 +558,12 @@ def _read_json(path: Path) -> Dataset:
     bad = [number for number, row in enumerate(rows) if not isinstance(row, dict)]
     if bad:
         raise DataError(f"{path}: a row must be a JSON object with named columns; {some_rows(bad)} are not.")
+    return rows
+
+
+def _read_json(path: Path) -> Dataset:
+    """Rows of a JSON list or of JSON lines; a key that a row lacks is None."""
+    rows = json_records(path)
     columns = dict.fromkeys(column for row in rows for column in row)
     return _from_columns({column: [row.get(column) for row in rows] for column in columns}, path)
 

@@ -36,7 +36,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
-from .data import check_preference_rows, load_preferences
+from .data import check_preference_rows, json_records, load_preferences
 from .errors import ConfigError, DataError, UserIdError, some_rows
 from .users import user_id_as_text
 
@@ -555,7 +555,9 @@ def _read(name: str, schema: Format, format: str) -> dict[Any, list[dict]]:
     path = Path(name)
     suffix = "".join(path.suffixes[-2:] if path.suffix == ".gz" else path.suffixes[-1:]).lower().removesuffix(".gz")
     if suffix in (".json", ".jsonl") and not path.is_dir():
-        return _by_split(_json_records(path))
+        if not path.is_file():
+            raise DataError(f"There is no file {str(path)!r} (looked for in {Path.cwd()}).")
+        return _by_split(json_records(path))
     if suffix in (".csv", ".parquet") and not path.is_dir():
         return _by_split(list(load_preferences(path).with_format(None)))
     if format in ("csv", "label-studio"):
@@ -595,32 +597,3 @@ def _by_split(records: list[dict]) -> dict[Any, list[dict]]:
     for name, record in zip(names, records, strict=True):
         parts[name].append(record)
     return dict(parts)
-
-
-def _json_records(path: Path) -> list[dict]:
-    """Records of a JSON list or of JSON lines, as they are: records of some schemas differ in their fields' types."""
-    if not path.is_file():
-        raise DataError(f"There is no file {str(path)!r} (looked for in {Path.cwd()}).")
-    opener = gzip.open if path.suffix.lower() == ".gz" else open
-    try:
-        with opener(path, "rb") as file:
-            text = file.read().decode("utf-8-sig")
-    except (UnicodeDecodeError, EOFError, OSError) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 text: {type(error).__name__}: {error}.") from error
-    records: list[Any] = []
-    whole = text.lstrip().startswith("[")
-    for number, part in enumerate([text] if whole else text.split("\n"), start=1):
-        if not part.strip():
-            continue
-        try:
-            value = json.loads(part)
-        except json.JSONDecodeError as error:
-            line = error.lineno if whole else number
-            raise DataError(
-                f"{path} is not JSON at line {line}: {error}. Is the file cut off or edited by hand?"
-            ) from error
-        records.extend(value if whole else [value])
-    bad = [number for number, record in enumerate(records) if not isinstance(record, dict)]
-    if bad:
-        raise DataError(f"{path}: a record must be a JSON object; {some_rows(bad)} are not.")
-    return records
