@@ -20,6 +20,8 @@ from trl_sharelora.errors import ConfigError, DataError, NonFiniteError, Unknown
 from trl_sharelora.evaluation import (
     evaluate_users,
     expected_calibration_error,
+    jackknife_interval,
+    mean_interval,
     per_user_table,
     width_calibration,
     wilson_interval,
@@ -187,7 +189,75 @@ def test_the_interval_of_macro_is_that_of_a_mean():
     again = per_user_table(ids, margins, np.zeros(len(ids)))
     assert (again.macro_low, again.macro_high) == (result.macro_low, result.macro_high)
     alone = per_user_table(["ann"], [1.0], [0.0])
-    assert (alone.macro_low, alone.macro_high) == (None, None)
+    assert (alone.macro_low, alone.micro_low, alone.worst_tenth_low) == (None, None, None)
+    assert (alone.macro_high, alone.micro_high, alone.worst_tenth_high) == (None, None, None)
+    assert (alone.macro, alone.micro, alone.worst_tenth) == (1, 1, 1)
+
+
+def drawn_users(draw, users: int):
+    """Ids and signs of rows of users whose true accuracies are beta(8, 4); each has 5 to 59 rows."""
+    sizes = draw.integers(5, 60, users)
+    right = draw.random(sizes.sum()) < np.repeat(draw.beta(8, 4, users), sizes)
+    return np.repeat(np.arange(users), sizes).tolist(), np.where(right, 1.0, -1.0)
+
+
+@pytest.mark.parametrize("users", [5, 30])
+def test_the_intervals_hold_what_they_should(users):
+    """What other users drawn alike would have; at 95 % fewer than 179 of 200 come once in 500 cases."""
+    draw = np.random.default_rng(users)
+    # the truth from 400,000 users: the tenth of binomial shares, the rest are means of the beta distribution
+    sizes = draw.integers(5, 60, 400_000)
+    shares = np.sort(draw.binomial(sizes, draw.beta(8, 4, len(sizes))) / sizes)
+    truth = {"macro": 2 / 3, "micro": 2 / 3, "worst_tenth": shares[: len(shares) // 10].mean()}
+    inside, narrow = dict.fromkeys(truth, 0), 0
+    for _ in range(200):
+        ids, margins = drawn_users(draw, users)
+        values = per_user_table(ids, margins, np.zeros(len(ids))).as_dict()
+        for name, value in truth.items():
+            assert 0 <= values[f"{name}_low"] <= values[name] <= values[f"{name}_high"] <= 1
+            inside[name] += values[f"{name}_low"] <= value <= values[f"{name}_high"]
+        narrow += values["macro_high"] - values["macro_low"] < 0.95
+    assert min(inside.values()) >= 179 and narrow == 200
+    # the comparison can fail: rows as if they were independent
+    low, high = wilson_interval([(margins > 0).sum()], [len(margins)])
+    assert values["micro_high"] - values["micro_low"] > 1.2 * (high - low)
+
+
+def test_the_intervals_by_hand():
+    # three users, of 4, 2 and 2 rows: accuracies 1, .5, 0; micro 5 / 8
+    ids = ["ann"] * 4 + ["bob"] * 2 + ["cat"] * 2
+    result = per_user_table(ids, [1.0] * 5 + [-1.0] * 3, [0.0] * 8)
+    t = stats.t.ppf(0.975, 2)
+    assert mean_interval([1, 0.5, 0]) == pytest.approx((0.5 - t * 0.5 / 3**0.5, 0.5 + t * 0.5 / 3**0.5))
+    assert (result.macro_low, result.macro_high) == (0, 1)  # clipped
+    without = [1 / 4, 4 / 6, 5 / 6]
+    error = math.sqrt(2 / 3 * sum((value - 5 / 8) ** 2 for value in without))
+    low, high = jackknife_interval(5 / 8, without)
+    assert (low, high) == pytest.approx((5 / 8 - t * error, 5 / 8 + t * error))
+    assert (result.micro_low, result.micro_high) == (max(low, 0), min(high, 1))
+    # of a mean, the jackknife is Student's t
+    values = np.random.default_rng(0).normal(size=9)
+    expected = stats.t.interval(0.95, 8, loc=values.mean(), scale=stats.sem(values))
+    assert jackknife_interval(values.mean(), (values.sum() - values) / 8) == pytest.approx(expected)
+    assert mean_interval(values) == pytest.approx(expected)
+    assert jackknife_interval(0.5, [0.5]) == jackknife_interval(0.5, [0.5, math.nan]) == (None, None)
+    # all users alike: nothing tells how others would differ
+    same = per_user_table(["ann", "bob"] * 2, [1.0, 1.0, -1.0, -1.0], [0.0] * 4)
+    assert (same.micro_low, same.micro_high, same.worst_tenth_low, same.worst_tenth_high) == (0.5,) * 4
+
+
+def test_the_standard_error_of_the_worst_tenth_is_that_of_a_mean_of_a_tail():
+    """With many users against the formula: var((q - x)+) / .1² / N, q the tenth's end."""
+    draw = np.random.default_rng(5)
+    accuracy = draw.beta(8, 4, 2000)
+    ids = np.arange(2000).repeat(50).tolist()
+    margins = (np.tile(np.arange(50), 2000) < np.round(accuracy * 50).repeat(50)) - 0.5
+    result = per_user_table(ids, margins, np.zeros(len(ids)))
+    shares = np.round(accuracy * 50) / 50
+    error = np.std(np.maximum(np.quantile(shares, 0.1) - shares, 0)) / 0.1 / math.sqrt(2000)
+    half = stats.t.ppf(0.975, 199) * error
+    assert result.worst_tenth_high - result.worst_tenth == pytest.approx(half, rel=0.12)
+    assert result.worst_tenth - result.worst_tenth_low == pytest.approx(half, rel=0.12)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -210,7 +280,8 @@ def test_another_number_of_ids_than_of_rewards_is_refused():
 def test_the_result_prints_saves_and_gives_its_scalars(tmp_path):
     few = per_user_table(["ann", "b\x1b[31mob\n"], [1.0, 0.0], [0.0, 0.0])
     text = str(few)
-    assert "2 users, 2 rows, 1 ties" in text and "mean over users 0.750 (95 % 0.500 to 1.000)" in text
+    assert "2 users, 2 rows, 1 ties" in text and "mean over users 0.750 (95 % 0.000 to 1.000)" in text
+    assert "over rows 0.750 (95 % 0.000 to 1.000)  worst tenth of users 0.500 (95 % 0.000 to 1.000)" in text
     assert r"'b\x1b[31mob\n'" in text and "\x1b" not in text  # no control characters from an id reach a terminal
     assert text.index("ob\\n") < text.index("'ann'")  # the worst first
 

@@ -1,16 +1,25 @@
 """A user leaves a saved adapter, and users come to a model: one row is touched, all others stay bit by bit what they were."""
 
+import bz2
+import gzip
+import io
 import json
 import logging
+import lzma
 import os
+import tarfile
+import zipfile
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
 from helpers import preference_rows, tiny_model, tiny_tokenizer
 from peft import PeftModel, get_peft_model
+from pyarrow import feather
 from safetensors.torch import load_file
 from sharelora.reference import SHARES, batch, share_config, share_model
 
@@ -23,6 +32,7 @@ from trl_sharelora import (
     export_user,
     use_users,
 )
+from trl_sharelora.confidence import fit_confidence
 from trl_sharelora.data import tokenize_preference
 from trl_sharelora.errors import (
     AdapterMismatchError,
@@ -378,6 +388,140 @@ def test_what_it_does_not_know_and_names_him_is_said(tmp_path):
     assert "His id still stands in 1 file(s) that are not this package's to change: notes.txt." in str(report)
     assert forget_user(tmp_path, "eve").left == [tmp_path / "short.json"]
     assert forget_user(tmp_path, "ann").left == []
+
+
+def packed_copies(folder, text: str):
+    """A text packed in every way that is looked into; in each of them its bytes are not to be found as they are."""
+    # its halves come first, so that even the first time it is written as a reference to what was there before
+    halves = [text[:6], text[2:]]
+    line = "\n".join([*halves, *[text] * 50]).encode()
+    with gzip.open(folder / "log.jsonl.gz", "wb") as file:
+        file.write(b"x" * (2 << 20))  # beyond the first portion, across its end
+        file.write(line)
+    (folder / "log.bz2").write_bytes(bz2.compress(line))
+    (folder / "log.xz").write_bytes(lzma.compress(line))
+    for kind in ("zstd", "lz4"):
+        with pa.output_stream(str(folder / f"log.{kind}"), compression=kind) as file:
+            file.write(line)
+    with zipfile.ZipFile(folder / "log.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("other.txt", "nothing")
+        archive.writestr("log.txt", line)
+    np.savez_compressed(folder / "who.npz", names=np.array([*halves, text] * 20))
+    with tarfile.open(folder / "log.tar.gz", "w:gz") as archive:
+        archive.add(folder / "log.bz2")  # packed twice, under another name it is the next line's
+        info = tarfile.TarInfo("log.txt")
+        info.size = len(line)
+        archive.addfile(info, io.BytesIO(line))
+    columns = {
+        "labeller": pa.array([*halves, text] * 150).dictionary_encode(),
+        "meta": pa.array([{"by": [*halves, text]}] * 450),
+        "n": list(range(450)),
+    }
+    table = pa.table(columns)
+    pq.write_table(table.select(["labeller", "n"]), folder / "a.parquet", compression="gzip", write_statistics=False)
+    pq.write_table(table.select(["meta", "n"]), folder / "b.parquet", compression="gzip", write_statistics=False)
+    feather.write_feather(table.select(["meta", "n"]), str(folder / "c.arrow"), compression="zstd")
+    return sorted(path for path in files(folder) if path.parent == folder)
+
+
+@pytest.mark.parametrize("kind", ["resident", "ram"])
+def test_a_plain_adapter_made_pseudonymous_has_the_same_users_in_the_same_rows(kind, tmp_path):
+    train(tmp_path, kind)
+    before = scores(load(tmp_path), USERS)
+    bytes_before = {path: path.read_bytes() for path in files(tmp_path) if path.name != "users.json"}
+    for path in sorted(tmp_path.rglob("users.json")):
+        UserRegistry.load(path, key=False).pseudonymised(KEY).save(path.parent)
+    assert all(path.read_bytes() == content for path, content in bytes_before.items())
+    assert not any(user_id.encode() in path.read_bytes() for path in tmp_path.rglob("users.json") for user_id in USERS)
+    model = load(tmp_path)
+    assert torch.equal(scores(model, torch.tensor([0, 1, 2])), before)
+    model.peft_config["default"].users.unlock(KEY)
+    assert torch.equal(scores(model, USERS), before)
+    # the tables of evaluations still name users; whoever is forgotten leaves them too
+    report = forget_user(tmp_path, "bob-77c1", key=KEY)
+    assert len(report.tables) == 1 and report.left == []
+
+
+def test_packed_files_are_looked_into(tmp_path):
+    share_model(users=["ann", "bob-77c1", "eve-9d1c"]).save_pretrained(tmp_path)
+    (tmp_path / "packed").mkdir()
+    paths = packed_copies(tmp_path / "packed", "bob-77c1")
+    assert len(paths) == 11
+    hidden = [path for path in paths if b"bob-77c1" not in path.read_bytes()]
+    assert hidden == paths  # the search of the bytes as they are would find none of them
+    report = forget_user(tmp_path, "eve-9d1c")
+    assert report.left == []
+    # a bz2 inside of a tar inside of a gzip is a stream that was read, and a tar names what is in it
+    assert report.unread == []
+    report = forget_user(tmp_path, "bob-77c1")
+    assert sorted(report.left) == paths and report.unread == []
+
+
+def test_a_table_of_lists_of_users_is_not_torn_but_somebody_elses(tmp_path):
+    share_model(users=["ann", "bob-77c1", "eve-9d1c"]).save_pretrained(tmp_path)
+    groups = pa.table({"user_id": [["ann", "bob-77c1"], ["dan"]], "n": [1, 2]})
+    pq.write_table(groups, tmp_path / "groups.parquet")
+    pq.write_table(pa.table({"user_id": [{"id": "bob-77c1"}]}), tmp_path / "records.parquet")
+    assert forget_user(tmp_path, "eve-9d1c").left == []
+    report = forget_user(tmp_path, "bob-77c1")
+    assert (report.left, report.tables) == ([tmp_path / "groups.parquet", tmp_path / "records.parquet"], [])
+    assert pq.read_table(tmp_path / "groups.parquet").equals(groups)
+
+
+def test_packed_files_that_cannot_be_looked_into_are_named(tmp_path):
+    share_model(users=["ann", "bob-77c1"]).save_pretrained(tmp_path)
+    line = b"bob-77c1\n" * 50
+    (tmp_path / "old.7z").write_bytes(b"7z\xbc\xaf\x27\x1c" + bytes(100))
+    (tmp_path / "torn.gz").write_bytes(gzip.compress(os.urandom(5000) + line)[:-40])
+    (tmp_path / "twice.gz").write_bytes(gzip.compress(bz2.compress(line)))
+    with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
+        archive.writestr("log.gz", gzip.compress(line))
+    content = bytearray((tmp_path / "in.zip").read_bytes())
+    content[6] |= 1  # a password, says the flag
+    content[content.index(b"PK\x01\x02") + 8] |= 1
+    (tmp_path / "secret.zip").write_bytes(content)
+    (tmp_path / "plain.txt.gz").write_bytes(gzip.compress(b"nothing of him"))
+    report = forget_user(tmp_path, "bob-77c1")
+    assert [path.name for path in report.unread] == ["in.zip", "old.7z", "secret.zip", "torn.gz", "twice.gz"]
+    assert report.left == []
+    assert (
+        "Not looked into: 5 packed file(s) that cannot be opened here, in which he may be: in.zip, old.7z, secret.zip, "
+        "torn.gz, twice.gz." in str(report)
+    )
+
+
+@pytest.mark.parametrize("case", ["cut tensors", "cut settings", "no settings", "no tensors", "other version"])
+def test_torn_confidence_sets_are_found_before_anything_is_erased(case, tmp_path):
+    model = share_model(users=USERS)
+    model.config.pad_token_id = tiny_tokenizer().pad_token_id
+    model.save_pretrained(tmp_path)
+    fit_confidence(
+        model, Dataset.from_list(preference_rows(users=USERS, n=12)), tiny_tokenizer(), output_dir=str(tmp_path)
+    )
+    tensors, settings = (tmp_path / "confidence" / f"ellipsoid.{kind}" for kind in ("safetensors", "json"))
+    whole = {path: path.read_bytes() for path in (tensors, settings)}
+    if case == "cut tensors":
+        tensors.write_bytes(tensors.read_bytes()[:-10])
+    elif case == "cut settings":
+        settings.write_bytes(settings.read_bytes()[:-10])
+    elif case == "no settings":
+        settings.unlink()
+    elif case == "no tensors":
+        tensors.unlink()
+    else:
+        settings.write_text(json.dumps({"set": {"ridge": 1.0}}))
+    before = {path: path.read_bytes() for path in files(tmp_path)}
+    with pytest.raises(
+        AdapterMismatchError, match="The confidence sets in .* cannot be read .*Nothing has been erased"
+    ):
+        forget_user(tmp_path, "bob-77c1")
+    assert {path: path.read_bytes() for path in files(tmp_path)} == before
+    # put right, it goes; what a save that was cut off left there goes with it
+    for path, content in whole.items():
+        path.write_bytes(content)
+    (tmp_path / "confidence" / "ellipsoid.0123.tmp").write_bytes(whole[tensors])
+    assert forget_user(tmp_path, "bob-77c1").adapters == [tmp_path]
+    assert tensors.read_bytes() != whole[tensors] and not list(tmp_path.rglob("*.tmp"))
 
 
 def test_adapters_beside_it_and_what_a_save_that_was_cut_off_left_are_seen_to(tmp_path):

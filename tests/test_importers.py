@@ -545,3 +545,15 @@ def test_columns_are_those_of_all_rows(tmp_path):
     ]
     importers.write_rows(rows, tmp_path / "rows.parquet")
     assert Dataset.from_parquet(str(tmp_path / "rows.parquet"))["prompt"][:] == [None, "p"]
+
+
+def test_a_column_of_lists_of_users_is_called_what_it_is(tmp_path):
+    texts = {"prompt": ["p", "p"], "chosen": ["c", "d"], "rejected": ["r", "r"]}
+    Dataset.from_dict({"user_id": [["ann", "bob"], ["cat"]], **texts}).to_parquet(tmp_path / "lists.parquet")
+    Dataset.from_dict({"user_id": [{"id": "ann"}, {"id": "bob"}], **texts}).to_parquet(tmp_path / "records.parquet")
+    with pytest.raises(
+        UserIdError, match="rows 0, 1 have ids .* Their user is a list of 2, where one id is needed.*row of each"
+    ):
+        import_preferences(tmp_path / "lists.parquet", "trl")
+    with pytest.raises(UserIdError, match="rows 0, 1 have ids .* Their user is a record, where one id is needed"):
+        import_preferences(tmp_path / "records.parquet", "trl")

@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
-from trl_sharelora import ShareLoraConfig, use_users
+from trl_sharelora import ShareLoraConfig, UserRegistry, use_users
 from trl_sharelora.confidence import add_comparisons, fit_confidence
 from trl_sharelora.data import tokenize_preference
 from trl_sharelora.errors import (
@@ -1164,3 +1164,42 @@ def test_the_ellipsoid_of_the_base_knows_features_without_the_adapter_and_pools(
         sigma = pooled + own[user].double().mT @ own[user].double()
         width = (phi[place].double() @ sigma.inverse() @ phi[place].double()).sqrt()
         assert found.std[place].item() == pytest.approx(width.item(), rel=1e-3)
+
+
+# -- pseudonyms
+
+
+def test_no_message_and_no_record_of_a_pseudonymous_reward_has_an_id(caplog):
+    """Neither of a user who is known, nor of one who is not, nor of what can be no id."""
+    users = UserRegistry([f"{name}-77c1" for name in USERS], key=b"k" * 32)
+    model = make(users=users).eval()
+    model.config.pad_token_id = TOKENIZER.pad_token_id
+    asked = requests(6, users=[f"{name}-77c1" for name in USERS])
+    seen = []
+
+    def reference(prompts, user_ids):
+        seen.append(user_ids)
+        return [["w1"] for _ in prompts]
+
+    reward = UserReward(model, processing_class=TOKENIZER, reference=reference, pessimism="ball")
+    assert reward(**asked) and seen == [asked["user_id"]]  # the caller's own function is given the caller's ids
+    said = []
+    for error, changed in (
+        (UnknownUserError, {"user_id": ["eve-77c1"] * 6}),
+        (UserIdError, {"user_id": ["eve-77c1" * 50] * 6}),
+        (UserIdError, {"user_id": [77.125] * 6}),
+    ):
+        with pytest.raises(error) as raised:
+            reward(**asked | changed)
+        said.append(str(raised.value))
+    with caplog.at_level(logging.DEBUG):
+        UserReward(model, processing_class=TOKENIZER, unseen="common")(**asked | {"user_id": ["eve-77c1"] * 6})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.fill_(float("nan"))
+    with pytest.raises(NonFiniteError) as raised:
+        UserReward(model, processing_class=TOKENIZER)(**asked)
+    said.append(str(raised.value))
+    assert users.names(["eve-77c1"])[0] in said[0] and users[0] in said[-1]
+    assert "77c1" not in caplog.text and not any("77c1" in text or "77.125" in text for text in said)

@@ -121,6 +121,68 @@ def test_case_punctuation_spaces_and_unicode_forms_are_no_difference():
     assert near_duplicates(["!", "?", "", "!"]) == [0, 1, 2, 0]
 
 
+@pytest.mark.parametrize(
+    "texts",
+    [
+        [
+            "a+b",
+            "a-b",
+            "a*b",
+            "a/b",
+            "a b",
+            "a=b",
+            "a^b",
+            "a&b",
+            "a<b",
+            "a>b",
+            "a!=b",
+            "a**b",
+            "a%b",
+            "a×b",
+            "a∩b",
+            "a∪b",
+        ],
+        ["5", "-5", "+5", "5%", "$5", "€5", "5²", "±5"],
+        ["What is 3 + 4?", "What is 3 - 4?", "What is 3 * 4?", "What is 3 / 4?"],
+        ["Sort in C", "Sort in C++", "Sort in C#"],
+        ["(x) - (y)", "(x) / (y)", "x y"],
+        ["कि", "का", "क", "के"],  # vowel signs
+        ["ก่า", "ก้า", "กา"],  # tones
+        ["ex\u0304", "ex\u0302", "ex"],  # marks without a letter of their own
+        ["1/2", "1-2", "1 2"],
+    ],
+)
+def test_texts_that_differ_in_an_operator_or_a_mark_are_two(texts):
+    assert near_duplicates(texts) == list(range(len(texts)))
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["a+b", "A + B", "a  +b.", "ａ＋ｂ"],
+        ["3 - 4", "3 \u2212 4", "3\u20134"],
+        [
+            "well-known",
+            "well known",
+            "Well \u2013 known",
+            "well/known",
+            "*well* **known**",
+            "# Well known",
+            "well & known",
+        ],
+        ["> quoted\n> text", "quoted text"],
+        ["Title\n=====\ntext", "title text", "title | text", "title\n---\ntext"],
+        ["no. 3, and then - perhaps - more", "No 3 and then perhaps more"],
+        ["café", "CAFE\u0301", "cafe\u0301!"],
+        ["İstanbul", "istanbul", "Istanbul"],
+        ["I \u2764\ufe0f it", "i \u2764 it"],
+        ["see #tag", "see tag"],
+    ],
+)
+def test_punctuation_that_looks_like_an_operator_is_no_difference(texts):
+    assert len({normalised(text) for text in texts}) == 1 and set(near_duplicates(texts)) == {0}
+
+
 def test_a_threshold_out_of_range():
     for threshold in (0, 1.5):
         with pytest.raises(ConfigError, match="similarity"):

@@ -1,6 +1,9 @@
 """Does the model use the user: planted models that do, do not, or cannot be told; numbers against a slow loop."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,12 +19,15 @@ from trl_sharelora.data import tokenize_preference
 from trl_sharelora.errors import ConfigError, DataError, NonFiniteError
 from trl_sharelora.forget import measure_influence
 from trl_sharelora.new_users import add_users
+from trl_sharelora.scoring import load_reward_model
+from trl_sharelora.scripts import launch, reward
 from trl_sharelora.sharelora import get_router
 from trl_sharelora.usage import UsageReport, usage_card, user_usage
 
 
 USERS = [f"user{number}" for number in range(6)]
 TOKENIZER = tiny_tokenizer()
+ROOT = Path(__file__).parent.parent
 
 
 def planted(n=60, users=USERS, **overrides):
@@ -292,6 +298,131 @@ def test_why_flips_were_not_measured_is_said():
     assert "flipped labels: not measured (no user has 4 comparisons here)" in str(report)
     with pytest.raises(ConfigError, match="did not add the users"):
         usage(model, planted()[1], flip_users=2, fit=lambda model, comparisons: None)
+
+
+# -- a sample
+
+
+def test_a_sample_is_of_whole_users_of_each_no_more_than_needed():
+    model, rows = planted(n=6 * 30)
+    for number, row in enumerate(rows):
+        row["prompt"] = f"w{number % 90} w{number // 90} " + row["prompt"]
+    strangers = [{**row, "user_id": "stranger"} for row in rows[:40]]
+    report = usage(model, strangers + rows, draws=1, max_comparisons=40)
+    # of 16 each: two users and a half
+    assert (report.n, report.n_users, report.sample_of, report.unseen) == (40, 3, 180, 0)
+    assert sorted(report.table["n"]) == [8, 16, 16]
+    assert "3 users, 40 comparisons (drawn from 180), 1 swap(s)" in str(report)
+    assert "40 held-out comparisons, drawn from 180; intervals" in usage_card(report)
+    again, other = (usage(model, strangers + rows, draws=1, max_comparisons=40, seed=seed) for seed in (0, 1))
+    assert again.as_dict() == report.as_dict() and other.as_dict() != report.as_dict()
+    # few users: an equal share each
+    assert usage(model, rows, draws=1, max_comparisons=150).table["n"].tolist() == [25] * 6
+    whole = usage(model, rows, draws=1, max_comparisons=180)
+    assert whole.as_dict() == usage(model, rows, draws=1).as_dict() and whole.sample_of is None
+    with pytest.raises(ConfigError, match="max_comparisons=0 came"):
+        usage(model, rows, max_comparisons=0)
+
+
+# -- after a training
+
+
+def written_log(directory, users=USERS):
+    """A base and a log with a split, in which half of the users like what the others reject; the rows."""
+    rows = preference_rows(users=users, n=80)
+    for number, row in enumerate(rows):
+        answers = sorted((row["chosen"], row["rejected"]), key=lambda text: (len(text.split()), text))
+        row["chosen"], row["rejected"] = answers[:: 1 if users.index(row["user_id"]) % 2 else -1]
+        row["split"] = "test" if number >= 40 else "train"
+    save_tiny("llama", directory / "base")
+    (directory / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def train(directory, *more, evaluate=True):
+    """`trl-sharelora reward` itself, with its report."""
+    arguments = {
+        "model_name_or_path": str(directory / "base"),
+        "dataset_name": str(directory / "log.jsonl"),
+        "output_dir": str(directory / "rm"),
+        "per_device_train_batch_size": "8",
+        "per_device_eval_batch_size": "4",
+        "num_train_epochs": "6",
+        "learning_rate": "1e-2",
+        "eval_strategy": "epoch" if evaluate else "no",
+        "save_strategy": "no",
+        "bf16": "false",
+        "report_to": "none",
+        "disable_tqdm": "true",
+        "seed": "5",
+    }
+    argv = [item for name, value in arguments.items() for item in (f"--{name}", value)]
+    reward.main(*launch.parse_arguments(reward.make_parser(), [*argv, "--use_cpu", *more]))
+
+
+def test_the_report_of_a_training_and_its_model_card_say_what_was_measured(tmp_path, capsys):
+    held_out = [row for row in written_log(tmp_path) if row["split"] == "test"]
+    train(tmp_path)
+    printed = capsys.readouterr().out
+    # again, of the model as it was saved
+    model, tokenizer = load_reward_model(tmp_path / "rm", device="cpu")
+    report = user_usage(model, Dataset.from_list(held_out), tokenizer, batch_size=4, draws=2, seed=5)
+    assert report.flips is not None and report.changed > 0 and report.n == 40
+    assert str(report) in printed
+    card = (tmp_path / "rm" / "README.md").read_text()
+    assert card.count(usage_card(report)) == 1 and card.count("## Does it use the user?") == 1
+    for value in (report.accuracy, report.swapped, report.common, report.changed, report.flips):
+        assert f"| {value:.1%}" in card
+    assert card.index("## Quick start") < card.index("## Does it use the user?") < card.index("## Training procedure")
+    assert card.startswith("---\n") and not any(user_id in card for user_id in USERS)
+    # PEFT rewrites the card with each save, and keeps what is in it
+    model.save_pretrained(tmp_path / "rm")
+    assert usage_card(report) in (tmp_path / "rm" / "README.md").read_text()
+
+
+def test_a_sample_is_measured_after_a_training_and_nothing_where_it_was_not_asked_for(tmp_path, capsys):
+    written_log(tmp_path)
+    train(tmp_path, "--usage_comparisons", "20", "--method", "psharelora-si")
+    card = (tmp_path / "rm" / "README.md").read_text()
+    assert "3 users, 20 comparisons (drawn from 40), 2 swap(s)" in capsys.readouterr().out
+    assert "20 held-out comparisons, drawn from 40; intervals" in card
+    for name, more, evaluate in (("off", ["--usage_comparisons", "0"], True), ("no-evaluation", [], False)):
+        (tmp_path / name).mkdir()
+        written_log(tmp_path / name)
+        train(tmp_path / name, "--max_steps", "1", *more, evaluate=evaluate)
+        assert "Does it use" not in (tmp_path / name / "rm" / "README.md").read_text()
+        assert "swap(s)" not in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="usage_comparisons=-1 came"):
+        train(tmp_path, "--usage_comparisons", "-1")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("sharding", ["union", "owner"])
+def test_of_several_processes_the_first_measures_what_it_has_the_whole_of(tmp_path, sharding):
+    written_log(tmp_path)
+    script = (
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+        "from pathlib import Path\nfrom tests.test_usage import train\n"
+        f"train(Path({str(tmp_path)!r}), '--user_sharding', {sharding!r}, '--bank', 'ram')\n"
+    )
+    (tmp_path / "run.py").write_text(script)
+    arguments = ["--standalone", "--nproc_per_node", "2", str(tmp_path / "run.py")]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    card = (tmp_path / "rm" / "README.md").read_text() if (tmp_path / "rm" / "README.md").is_file() else ""
+    measured = done.stdout.count("6 users, 40 comparisons, 2 swap(s)"), card.count("## Does it use the user?")
+    assert measured == ((1, 1) if sharding == "union" else (0, 0))
+    spread = "was not measured: the model is spread over processes. Later: trl-sharelora usage --model_name_or_path"
+    assert done.stdout.count(spread) == (sharding == "owner")
+
+
+def test_a_model_of_one_user_is_saved_and_the_report_says_why_it_has_no_more(tmp_path, capsys):
+    written_log(tmp_path, users=["ann"])
+    train(tmp_path, "--max_steps", "1")
+    printed = capsys.readouterr().out
+    assert "Whether it uses its users was not measured: The model knows one user, so there is nobody" in printed
+    assert (tmp_path / "rm" / "adapter_model.safetensors").is_file()
+    assert "Does it use" not in (tmp_path / "rm" / "README.md").read_text()
 
 
 # -- words

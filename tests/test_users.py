@@ -718,3 +718,27 @@ def test_a_list_of_pseudonyms_that_holds_something_else_is_refused(tmp_path, use
     (tmp_path / "users.json").write_text(json.dumps({**content, "users": [], "key_check": 7}))
     with pytest.raises(UserIdError, match="torn or edited"):
         UserRegistry.load(tmp_path)
+
+
+def test_a_plain_list_becomes_one_of_pseudonyms_row_by_row(tmp_path):
+    plain = UserRegistry(["ann", 7, "José", "bob"], key=False)
+    name = plain.registry_id
+    plain.forget("bob")
+    plain.add(["cat"])
+    keyed = plain.pseudonymised(KEY)
+    digests = [f"u-{rfc_2104(KEY, b'id' + bytes(1) + text.encode())[:32]}" for text in ("ann", "7", "José", "cat")]
+    assert keyed.ids == [*digests[:3], None, digests[3]] and keyed.registry_id == name
+    assert keyed.index(["cat", 7, "ann", "Jose\u0301"]) == [4, 1, 0, 2] and keyed.find(["bob"]) == [-1]
+    assert keyed.add(["dan", "bob"]) == [5, 6] and len(plain) == 5 and plain.index(["cat"]) == [4]
+    with pytest.raises(UserIdError, match="as text and as an integer"):
+        keyed.add(["7"])  # what was known of how an id came is known still
+    # over a file
+    plain.save(tmp_path)
+    UserRegistry.load(tmp_path, key=False).pseudonymised(KEY).save(tmp_path)
+    content = (tmp_path / "users.json").read_text()
+    assert not any(user_id in content for user_id in ("ann", "José", "cat", '"7"'))
+    assert UserRegistry.load(tmp_path, key=KEY).index(["cat", "ann"]) == [4, 0]
+    with pytest.raises(ConfigError, match="pseudonyms already"):
+        keyed.pseudonymised(KEY)
+    with pytest.raises(ConfigError, match="There is no key"):
+        plain.pseudonymised()

@@ -19,10 +19,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from .errors import MethodError
-from .evaluation import LEVEL, wilson_interval
+from .evaluation import LEVEL, PerUserResult, mean_interval, wilson_interval
 
 
 CHECKPOINTS = ("last", "best")
@@ -82,15 +81,6 @@ def credits(margins: pd.Series) -> pd.Series:
     return (margins > 0) + (margins == 0) / 2
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Student's t interval of a mean; None for fewer than two values."""
-    if len(values) < 2:
-        return None, None
-    error = stats.sem(values)
-    half = error * stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)
-    return float(np.mean(values) - half), float(np.mean(values) + half)
-
-
 def summarise(runs: Sequence[Run], checkpoint: str, worlds: bool = False) -> dict[str, Any]:
     """The accuracies of one method: a cell of the table.
 
@@ -141,6 +131,16 @@ def summarise(runs: Sequence[Run], checkpoint: str, worlds: bool = False) -> dic
 def gain(runs: Sequence[Run], baseline: Sequence[Run], checkpoint: str, worlds: bool = False) -> dict[str, Any]:
     """Macro accuracy of one method minus that of another, seed by seed and comparison by comparison.
 
+    What each interval covers, and what it holds fixed:
+
+    - `seeds`: the gain of a run with another seed, for these users and comparisons (with `worlds`: for a world of its own). Student's t
+      over the seeds' gains; needs two seeds, and three to be of use (t is 12.7 with two, 4.3 with three).
+    - `users`: the mean gain of other users drawn like these, with as many comparisons each and the seeds that were run. Student's t over
+      users' gains, each the mean over his comparisons and the seeds.
+    - `comparisons`: the gain of these users, with these runs, on other comparisons of theirs. Bootstrap within each user.
+
+    None of them covers two of these at once. A claim about new users by any run needs both `seeds` and `users` away from 0.
+
     Args:
         runs (`Sequence[Run]`), baseline (`Sequence[Run]`):
             Of the same seeds.
@@ -186,6 +186,39 @@ def gain(runs: Sequence[Run], baseline: Sequence[Run], checkpoint: str, worlds: 
         "users": _ends(mean_interval(of_users)),
         "comparisons": _ends(_bootstrap_within(whole)),
     }
+
+
+def compare_results(
+    results: Sequence[PerUserResult], baseline: Sequence[PerUserResult], names: tuple[str, str] = ("model", "baseline")
+) -> dict[str, Any]:
+    """[`gain`] between models that [`~trl_sharelora.evaluation.evaluate_users`] has scored on the same rows.
+
+    Args:
+        results (`Sequence[PerUserResult]`), baseline (`Sequence[PerUserResult]`):
+            Of each seed one, in the same order; a single model is a list of one, which leaves the interval over seeds out.
+        names (`tuple[str, str]`, *optional*):
+            Of the two, for messages.
+
+    Returns:
+        `dict`: As [`gain`].
+
+    Raises:
+        MethodError: a result was not made by `evaluate_users`, or they are not of as many seeds or of the same rows.
+    """
+    runs: list[list[Run]] = []
+    for name, several in zip(names, (results, baseline), strict=True):
+        of_name = []
+        for seed, result in enumerate(several):
+            if result.rows is None:
+                raise MethodError(
+                    f"A result of {name!r} has no rows, so it cannot be paired. Give what evaluate_users returns, not a table."
+                )
+            margins = result.rows.rename(columns={"margin": "last"}).assign(best=result.rows["margin"])
+            of_name.append(Run(name, seed, {}, [], margins))
+        runs.append(of_name)
+    if not runs[0] or not runs[1]:
+        raise MethodError(f"{len(runs[0])} and {len(runs[1])} results came; at least one of each is needed.")
+    return gain(runs[0], runs[1], "last")
 
 
 def compare_runs(runs: dict[str, list[Run]], baseline: str, worlds: bool = False) -> dict[str, Any]:

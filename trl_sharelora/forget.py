@@ -5,11 +5,15 @@ calling once more. The shared factors have learned from him too, as from everybo
 How much they lean on him can be measured before, with [`measure_influence`].
 """
 
+import gzip
 import json
+import lzma
 import math
 import mmap
 import os
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,12 +27,15 @@ import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
-from .confidence import forget_in_confidence
+from .confidence import CONFIDENCE_FOLDER, forget_in_confidence
 from .data import check_preference_rows, load_preferences, tokenize_preference
 from .errors import AdapterMismatchError, DataError, NonFiniteError, UnknownUserError, UserIdError
 from .export import HEAD_MOVES, WEIGHTS_FILE
+from .pessimism import EllipsoidSets
 from .scoring import Scorer, load_reward_model
 from .sharelora.config import PERSONAL_FACTOR, ShareLoraConfig
 from .sharelora.store import (
@@ -49,6 +56,20 @@ ID_COLUMN = "user_id"
 _TENSORS = {".safetensors", ".pt", ".pth", ".bin"}
 # A shorter id would be found by chance wherever there are many bytes.
 _SEARCHED_BYTES = 5
+# How packed files begin, whatever they are called, and who unpacks them; None for what nobody here can.
+_PACKED: dict[bytes, str | None] = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bz2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x04\x22\x4d\x18": "lz4",
+    b"PK\x03\x04": "zip",
+    b"PAR1": "parquet",
+    b"ARROW1": "arrow",
+    b"7z\xbc\xaf\x27\x1c": None,
+    b"Rar!": None,
+}
+_PORTION = 1 << 20  # bytes
 
 
 @dataclass
@@ -104,7 +125,10 @@ class ForgetReport:
         tables (`list[Path]`):
             Tables that were written again without his lines.
         left (`list[Path]`):
-            Files of the directory that this function does not know and in which his id still stands.
+            Files of the directory that this function does not know and in which his id still stands. Looked into are also packed ones:
+            gzip, bz2, xz, zstd, lz4, zip and npz, Parquet and Arrow.
+        unread (`list[Path]`):
+            Files that could not be looked into: packed in another way, with a password, twice, or torn. He may be in them.
         influence ([`Influence`], *optional*):
             What was measured before.
     """
@@ -113,6 +137,7 @@ class ForgetReport:
     adapters: list[Path] = field(default_factory=list)
     tables: list[Path] = field(default_factory=list)
     left: list[Path] = field(default_factory=list)
+    unread: list[Path] = field(default_factory=list)
     influence: Influence | None = None
 
     def __str__(self) -> str:
@@ -122,17 +147,22 @@ class ForgetReport:
             f"under {self.directory}."
         )
         if self.left:
-            some = ", ".join(str(path.relative_to(self.directory)) for path in self.left[:5]) + ", ..." * (
-                len(self.left) > 5
-            )
             lines.append(
-                f"His id still stands in {len(self.left)} file(s) that are not this package's to change: {some}."
+                f"His id still stands in {len(self.left)} file(s) that are not this package's to change: {self._some(self.left)}."
+            )
+        if self.unread:
+            lines.append(
+                f"Not looked into: {len(self.unread)} packed file(s) that cannot be opened here, in which he may be: "
+                f"{self._some(self.unread)}."
             )
         lines.append(
             "What the shared factors, the head and sums over all users learned from him stays in them; training again without his "
             "comparisons removes it. Copies elsewhere (exports, backups, caches of the data, the Hub, logs) are untouched."
         )
         return "\n".join(lines)
+
+    def _some(self, paths: list[Path]) -> str:
+        return ", ".join(str(path.relative_to(self.directory)) for path in paths[:5]) + ", ..." * (len(paths) > 5)
 
 
 def forget_user(
@@ -172,7 +202,8 @@ def forget_user(
 
     Raises:
         UnknownUserError: nobody there has this id; nothing is written.
-        AdapterMismatchError: the adapter's tensors are missing, or there are not as many rows as users; nothing is written.
+        AdapterMismatchError: the adapter's tensors are missing, there are not as many rows as users, or a checkpoint's moments or the
+            confidence sets are torn; nothing is written.
         DataError: a table cannot be read, or the comparisons that came have none of his; nothing is written.
         ConfigError: the adapter is pseudonymous and the key is missing or another; nothing is written.
         BankError: the bank is torn.
@@ -206,6 +237,7 @@ def forget_user(
     for folder in known:
         if (folder / OPTIMIZER_FILE).is_file():
             _read_moments(folder / OPTIMIZER_FILE)
+        _check_sets(folder / CONFIDENCE_FOLDER)
     report = ForgetReport(model_dir, known, tables)
     if report_influence is not None:
         report.influence = _influence_of_saved(model_dir, report_influence, user_id, key, measuring)
@@ -223,12 +255,19 @@ def forget_user(
             # what a save that was cut off has left there
             remove_unnamed(folder / BANK_FOLDER, read_manifest(folder / BANK_FOLDER)["segments"])
         _erase_moments(folder / OPTIMIZER_FILE, rows[folder])
+        for path in (folder / CONFIDENCE_FOLDER).glob("*.tmp"):
+            path.unlink()  # sets of a save that was cut off
         forget_in_confidence(folder, rows[folder])
     for folder in known:
         registries[folder].registry_id  # noqa: B018  made from the ids, if an older file has none: before one is gone
         registries[folder].forget(user_id)
         registries[folder].save(folder)
-    report.left = [path for path in _searched(model_dir) if _holds(path, names)]
+    for path in _searched(model_dir):
+        found = _holds(path, names)
+        if found:
+            report.left.append(path)
+        elif found is None:
+            report.unread.append(path)
     return report
 
 
@@ -243,7 +282,9 @@ def _key_for(folder: Path, key: Any) -> Any:
 def _is_in_table(path: Path, names: set[str]) -> bool:
     """Whether a parquet file has lines of a user."""
     try:
-        if ID_COLUMN not in pq.read_schema(path).names:
+        schema = pq.read_schema(path)
+        # lists or records of ids are nobody's lines, so the file is none of this package's tables: it is searched as all others are
+        if ID_COLUMN not in schema.names or pa.types.is_nested(schema.field(ID_COLUMN).type):
             return False
         return bool(pc.any(_his(pq.read_table(path, columns=[ID_COLUMN]), names)).as_py())
     except (pa.ArrowException, OSError) as error:
@@ -277,16 +318,114 @@ def _searched(directory: Path) -> Iterator[Path]:
             yield path
 
 
-def _holds(path: Path, names: set[str]) -> bool:
-    """Whether a file has one of these names in its bytes, as text or as JSON writes it; short ones in quotes only."""
+def _holds(path: Path, names: set[str]) -> bool | None:
+    """Whether a file has one of these names in it, as text or as JSON writes it; short ones in quotes, or as a whole value, only.
+
+    None if it is packed and cannot be looked into.
+    """
     needles = {json.dumps(name).encode() for name in names} | {
         json.dumps(n, ensure_ascii=False).encode() for n in names
     }
-    needles |= {name.encode() for name in names if len(name.encode()) >= _SEARCHED_BYTES}
+    # numpy writes text in four bytes a letter, some table programs in two
+    needles |= {
+        name.encode(code)
+        for name in names
+        if len(name.encode()) >= _SEARCHED_BYTES
+        for code in ("utf-8", "utf-16-le", "utf-32-le")
+    }
     if path.stat().st_size == 0:
         return False
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return any(content.find(needle) >= 0 for needle in needles)
+        if any(content.find(needle) >= 0 for needle in needles):
+            return True
+        packing = _packing(content[:8])
+    if not packing:
+        return None if packing is None else False
+    try:
+        return _holds_packed(path, packing, needles, names)
+    except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error, lzma.LZMAError):
+        # torn, or a zip with a password (RuntimeError) or a packing of its own (NotImplementedError); pa.ArrowInvalid is a ValueError
+        return None
+
+
+def _packing(start: bytes) -> str | None:
+    """What packed a file that starts so; `""` if nothing did, None if nobody here can unpack it."""
+    return next((packed for magic, packed in _PACKED.items() if start.startswith(magic)), "")
+
+
+def _holds_packed(path: Path, packed: str, needles: set[bytes], names: set[str]) -> bool | None:
+    if packed in ("parquet", "arrow"):
+        return _holds_columns(path, packed, needles, names)
+    if packed != "zip":
+        with _unpacked(path, packed) as stream:
+            return _holds_stream(stream, needles)
+    unread = False
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            with archive.open(member) as stream:
+                found = _holds_stream(stream, needles)
+            if found:
+                return True
+            unread = unread or found is None
+    return None if unread else False
+
+
+def _unpacked(path: Path, packed: str) -> Any:
+    if packed == "gzip":
+        return gzip.open(path)  # several members too, as appending writes them
+    return lzma.open(path) if packed == "xz" else pa.input_stream(str(path), compression=packed)
+
+
+def _holds_stream(stream: Any, needles: set[bytes]) -> bool | None:
+    """None if what was packed is packed again."""
+    overlap = max(map(len, needles)) - 1
+    kept = stream.read(_PORTION)
+    packing = _packing(kept[:8])
+    while True:
+        if any(needle in kept for needle in needles):
+            return True
+        if not (portion := stream.read(_PORTION)):
+            return False if packing == "" else None
+        kept = kept[-overlap:] + portion
+
+
+def _holds_columns(path: Path, kind: str, needles: set[bytes], names: set[str]) -> bool:
+    """Whether a text anywhere in the columns of a Parquet or Arrow file has one of the names in it, or is one."""
+    with pa.memory_map(str(path)) as source:
+        batches = pq.ParquetFile(source).iter_batches() if kind == "parquet" else _batches_of(source)
+        for batch in batches:
+            for column in batch.columns:
+                for texts in _texts_in(column):
+                    for needle in needles:
+                        if pc.any(pc.match_substring(texts, needle)).as_py():
+                            return True
+                    if pc.any(pc.is_in(texts, value_set=pa.array([n.encode() for n in names], texts.type))).as_py():
+                        return True
+    return False
+
+
+def _batches_of(source: Any) -> Iterator[pa.RecordBatch]:
+    reader = pa.ipc.open_file(source)
+    return (reader.get_batch(number) for number in range(reader.num_record_batches))
+
+
+def _texts_in(column: pa.Array) -> Iterator[pa.Array]:
+    """The arrays of text, as bytes, of which a column is made."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        yield from _texts_in(column.dictionary)
+    elif pa.types.is_struct(kind):
+        for child in column.flatten():
+            yield from _texts_in(child)
+    elif pa.types.is_map(kind):
+        yield from _texts_in(column.keys)
+        yield from _texts_in(column.items)
+    elif pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        yield from _texts_in(column.flatten())
+    elif pa.types.is_string(kind) or pa.types.is_binary(kind):
+        yield column.cast(pa.binary())
+    elif pa.types.is_large_string(kind) or pa.types.is_large_binary(kind):
+        yield column.cast(pa.large_binary())
 
 
 # -- what stays in the shared part
@@ -552,6 +691,23 @@ def _erase_moments(path: Path, row: int) -> None:
     if erased:
         with _replacing(path) as file:
             torch.save(state, file)
+
+
+def _check_sets(folder: Path) -> None:
+    """Read the ellipsoids as they will be when he is taken out; raises if they are torn, before anything is erased."""
+    settings, tensors = folder / "ellipsoid.json", folder / "ellipsoid.safetensors"
+    if not settings.is_file() and not tensors.is_file():
+        return
+    try:
+        content = json.loads(settings.read_text(encoding="utf-8"))["set"]
+        loaded = load_file(tensors)
+        own = {name.removeprefix("set."): value for name, value in loaded.items() if name.startswith("set.")}
+        EllipsoidSets.from_tensors(own, content)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise AdapterMismatchError(
+            f"The confidence sets in {folder} cannot be read ({type(error).__name__}: {error}): torn, or of two different saves. Nothing has "
+            "been erased; take them from a backup, or remove the folder and fit them again."
+        ) from None
 
 
 @contextmanager

@@ -487,8 +487,17 @@ def import_preferences(
                 if isinstance(outcome, str):
                     left_out[outcome] += 1
                     continue
+                user = outcome["user_id"]
+                if isinstance(user, list | tuple | dict):
+                    kind = "a record" if isinstance(user, dict) else f"a list of {len(user)}"
+                    problem = (
+                        f"Their user is {kind}, where one id is needed. Judged by several: make a row of each; a record: name the "
+                        "field with the id, as a column of its own."
+                    )
+                    bad_ids.setdefault(problem, []).append(number)
+                    continue
                 try:
-                    outcome["user_id"] = user_id_as_text(outcome["user_id"])
+                    outcome["user_id"] = user_id_as_text(user)
                 except UserIdError as error:
                     bad_ids.setdefault(str(error), []).append(number)
                     continue

@@ -428,14 +428,18 @@ class UserReward:
             references = [
                 self._fit([self._tokens(prompt, completion, some) for completion in several])[0]
                 for prompt, some, several in zip(
-                    prompts, arguments, self._references(list(prompts), ids, columns), strict=True
+                    prompts,
+                    arguments,
+                    # another model's users may be others: the ids as they came
+                    self._references(list(prompts), list(map(user_id_as_text, user_ids)), columns),
+                    strict=True,
                 )
             ]
         return _Rows(sequences, ids, index, references, empty, truncated)
 
     def _users(self, user_ids: Sequence[Any]) -> tuple[list[str], torch.Tensor]:
-        ids = [user_id_as_text(user_id, where=f"row {row}") for row, user_id in enumerate(user_ids)]
         users = self.scorer.users
+        ids = users.names(user_ids)  # they end in messages
         index = torch.tensor(users.find(ids), dtype=torch.long)
         unknown = list(dict.fromkeys(ids[row] for row in (index < 0).nonzero().flatten().tolist()))
         if unknown:

@@ -377,6 +377,40 @@ class UserRegistry:
         self._key = found
         return self
 
+    def pseudonymised(self, key: bytes | str | os.PathLike | None = None) -> "UserRegistry":
+        """The same users in the same rows with pseudonyms for ids; a new registry, this one stays as it is.
+
+        Saved over a plain `users.json`, it makes that adapter pseudonymous: rows, and what belongs to them, stay valid. Everything else
+        that names users is the caller's to see to (tables, logs, copies). `registry_id` stays, as other files refer to it; it is a
+        digest of the plain ids, with which who guesses all of the first 1000 at once can test the guess.
+
+        Args:
+            key (`bytes`, `str` or `os.PathLike`, *optional*):
+                See [`read_user_key`].
+
+        Raises:
+            ConfigError: there is no key, or it holds pseudonyms already.
+        """
+        if self._key_check:
+            raise ConfigError(
+                f"These users are pseudonyms already (check value of their key {self._key_check}). Another key's cannot be made of them: the "
+                "ids are needed, from a list before it or from the data."
+            )
+        found = read_user_key(key)
+        if found is None:
+            raise ConfigError(
+                f"There is no key. Give it, or set {KEY_VARIABLE} or {KEY_FILE_VARIABLE}; `openssl rand -hex 32 > user.key` makes one."
+            )
+        registry = UserRegistry(key=found)
+        for user_id in self:
+            if user_id is None:
+                registry._push(_FORGOTTEN, _UNKNOWN, slot=None)
+            else:
+                registry._append_new(user_id)
+        registry._kinds = self._kinds[:]
+        registry.registry_id = self.registry_id
+        return registry
+
     def forget(self, user_id: str | int) -> int:
         """Take a user's id out of the registry, for good.
 

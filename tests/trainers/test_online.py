@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import logging
 import math
 import random
 import subprocess
@@ -26,6 +27,7 @@ from trl_sharelora.errors import (
     NonFiniteError,
     UnknownUserError,
     UnsupportedError,
+    UserIdError,
 )
 from trl_sharelora.trainers.grpo import ShareLoraGRPOConfig, ShareLoraGRPOTrainer
 from trl_sharelora.trainers.online import OnlinePolicyMixin
@@ -770,6 +772,28 @@ def test_trls_own_config_gets_the_defaults_for_users(tmp_path):
     trainer.train()
     assert trainer.args.user_column == "user_id" and trainer.args.unseen == "raise"
     assert trainer.users.ids == ["user0", "user1", "user2"]
+
+
+def test_no_message_of_a_pseudonymous_policy_has_an_id(tmp_path, caplog, capsys):
+    names = ["ann-77c1", "bob-77c1", "cat-77c1"]
+    users = UserRegistry(names, key=b"k" * 32)
+    rows = prompts_of(users=names)
+    said = []
+    with caplog.at_level(logging.DEBUG):
+        trainer = make_trainer(tmp_path, rows=rows, others={"users": users}, max_steps=1)
+        for error, user_id in ((UnknownUserError, "eve-77c1"), (UserIdError, "eve-77c1" * 50)):
+            with pytest.raises(error) as raised:
+                trainer._find([names[0], user_id], "raise", "the eval dataset")
+            assert "In the eval dataset: " in str(raised.value)
+            said.append(str(raised.value))
+        assert trainer._find([names[2], "eve-77c1"], "common", "the eval dataset") == [2, -1]
+        trainer.train()
+        with pytest.raises(UnknownUserError, match="In the eval dataset") as raised:
+            make_trainer(tmp_path, rows=rows, eval_rows=prompts_of(users=["eve-77c1"]), others={"users": users})
+        said.append(str(raised.value))
+    said += [caplog.text, *capsys.readouterr()]
+    assert users.names(["eve-77c1"])[0] in said[0] and said[2] and "77c1" not in "".join(said)
+    assert not any(b"77c1" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
 # -- the seams ------------------------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from trl_sharelora.errors import (
 from trl_sharelora.trainers.preferences import PreferencePairsMixin, UserBatchCollator
 from trl_sharelora.trainers.seams import check_seams
 from trl_sharelora.trainers.user_batches import UserBatchesMixin
+from trl_sharelora.usage import usage_card, user_usage
 
 
 ADAPTER = dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
@@ -666,7 +667,20 @@ def test_model_card_says_how_to_use_it(tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert "pipeline(" not in card and "import trl_sharelora" in card and "3 users share" in card
     assert "sharelora" in card and "2503.19201" in card
-    assert "user0" not in card
+    assert "user0" not in card and "Does it use the user?" not in card
+
+
+def test_what_was_measured_of_another_model_is_not_in_the_card(tmp_path):
+    rows = preference_rows(n=24, seed=1)
+    trainer = make_trainer(tmp_path, eval_rows=rows, max_steps=2)
+    trainer.train()
+    trainer.usage = user_usage(trainer.model, Dataset.from_list(rows), tiny_tokenizer(), draws=1, flip_users=0)
+    trainer.create_model_card(model_name="rm")
+    card = (tmp_path / "README.md").read_text()
+    assert usage_card(trainer.usage) in card and "## Training procedure" in card
+    trainer.train()
+    trainer.create_model_card(model_name="rm")
+    assert trainer.usage is None and "Does it use the user?" not in (tmp_path / "README.md").read_text()
 
 
 TWO_RANKS = """

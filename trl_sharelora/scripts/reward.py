@@ -1,5 +1,5 @@
 """Train a personalised reward model. Mirrors trl/scripts/reward.py (Apache-2.0, The HuggingFace Team); the differences are the
-classes it fills in, local files of preference rows, and the table per user at the end.
+classes it fills in, local files of preference rows, and at the end the table per user and whether the model uses its users.
 
 ```bash
 trl-sharelora reward --config reward.yaml
@@ -8,6 +8,7 @@ accelerate launch --multi_gpu --num_processes 4 -m trl_sharelora.scripts.reward 
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from ..sharelora import ShareLoraConfig
     from ..trainers.reward import ShareLoraRewardTrainer
     from ..trainers.reward_config import ShareLoraRewardConfig
+
+
+# Two, because each costs as much as scoring the comparisons; the interval of the drop is that of users, whatever the draws.
+USAGE_DRAWS = 2
 
 
 @dataclass
@@ -94,6 +99,9 @@ class ShareLoraRewardScriptArguments(ShareLoraScriptArguments):
             Confidence sets to fit after the training, for pessimistic rewards, see [`~trl_sharelora.confidence.fit_confidence`].
         confidence_parameters (`str`, *optional*, defaults to `"last_layer"`):
             Features of the ellipsoids.
+        usage_comparisons (`int`, *optional*, defaults to 512):
+            Held-out comparisons on which is measured whether the model uses its users, see [`~trl_sharelora.usage.user_usage`]; 0 leaves
+            it out. 512 are 32 users with 16 each; with two swaps that is as much as some 4,000 comparisons of an evaluation.
     """
 
     method: str | None = field(
@@ -124,6 +132,13 @@ class ShareLoraRewardScriptArguments(ShareLoraScriptArguments):
         metadata={
             "help": "Fit confidence sets to the training data afterwards, for pessimistic rewards: 'ellipsoid', or 'heads' (an ensemble of "
             "heads). One more pass, without gradients; off by default, as only a policy needs them."
+        },
+    )
+    usage_comparisons: int = field(
+        default=512,
+        metadata={
+            "help": "After the training, measure on so many held-out comparisons whether the model uses its users (swapped, spread, flipped), "
+            "for the report and the model card; 0 leaves it out. Needs an evaluation set."
         },
     )
 
@@ -272,7 +287,9 @@ def load_datasets(
     return train_dataset, eval_dataset
 
 
-def train_and_save(trainer: Any, training_args: Any, dataset_name: str | None) -> None:
+def train_and_save(
+    trainer: Any, training_args: Any, dataset_name: str | None, report: Callable[[], None] | None = None
+) -> None:
     """Train, save, and push where asked, as TRL's scripts do.
 
     Args:
@@ -282,11 +299,15 @@ def train_and_save(trainer: Any, training_args: Any, dataset_name: str | None) -
             Its arguments.
         dataset_name (`str`, *optional*):
             For the model card.
+        report (`Callable`, *optional*):
+            Called when the model is saved and before it is pushed: what it finds may go into the card.
     """
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.accelerator.print("✅ Training completed.")
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"💾 Model saved to {training_args.output_dir}.")
+    if report is not None:
+        report()
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
         trainer.accelerator.print(f"🤗 Model pushed to the Hub in https://huggingface.co/{trainer.hub_model_id}.")
@@ -312,8 +333,13 @@ def main(
     """
     from trl import get_quantization_config
 
+    from ..errors import ConfigError
     from ..trainers.reward import ShareLoraRewardTrainer
 
+    if script_args.usage_comparisons < 0:
+        raise ConfigError(
+            f"usage_comparisons={script_args.usage_comparisons} came; a number of held-out comparisons is needed, or 0 to leave it out."
+        )
     set_model_arguments(training_args, model_args)
     train_dataset, eval_dataset = load_datasets(script_args, training_args, dataset_args)
     if script_args.method is not None:
@@ -330,10 +356,12 @@ def main(
         peft_config=get_sharelora_config(model_args, script_args),
     )
 
-    train_and_save(trainer, training_args, script_args.dataset_name)
+    def report() -> None:
+        if eval_dataset is not None:
+            show_users(trainer)
+            show_usage(trainer, eval_dataset, script_args.usage_comparisons)
 
-    if eval_dataset is not None:
-        show_users(trainer)
+    train_and_save(trainer, training_args, script_args.dataset_name, report)
 
     # Finish the trackers and destroy the process group
     trainer.end()
@@ -396,10 +424,9 @@ def train_by_name(
     trainer.accelerator.print(f"✅ Training of {name} completed.")
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"💾 Model saved to {training_args.output_dir}.")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
     if eval_dataset is not None and method.share is not None:
         show_users(trainer)
+        show_usage(trainer, eval_dataset, script_args.usage_comparisons)
     elif eval_dataset is not None and trainer.is_world_process_zero():
         print(
             evaluate_users(
@@ -411,6 +438,8 @@ def train_by_name(
                 max_length=training_args.max_length,
             )
         )
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.end()
     if script_args.confidence != "none":
         fit_confidence_of(trainer, script_args, train_dataset, model_args)
@@ -490,18 +519,61 @@ def show_users(trainer: "ShareLoraRewardTrainer") -> None:
         return
     path = Path(trainer.args.output_dir, "users", f"eval-step-{trainer.state.global_step}.parquet")
     table = pd.read_parquet(path)
-    result = PerUserResult(
-        table=table,
-        macro=metrics["eval_users/accuracy_mean"],
-        micro=metrics["eval_accuracy"],
-        worst_tenth=metrics["eval_users/accuracy_worst_tenth"],
-        ece=metrics["eval_users/ece"],
-        n_users=len(table),
-        n=int(table["n"].sum()),
-        ties=int(metrics["eval_ties"]),
-        unseen=int(metrics["eval_users/unseen_rows"]),
+    # without the rows of unseen users, who have no line in the table
+    result = PerUserResult.from_table(
+        table, ece=metrics["eval_users/ece"], unseen=int(metrics["eval_users/unseen_rows"])
     )
     print(f"{result}\nThe whole table is in {path}")
+
+
+def show_usage(trainer: "ShareLoraRewardTrainer", dataset: Any, comparisons: int) -> None:
+    """Measure on the main process whether the final model uses its users, print it and put it into the model card.
+
+    Args:
+        trainer ([`ShareLoraRewardTrainer`]):
+            After `save_model`.
+        dataset ([`~datasets.Dataset`]):
+            The evaluation split as it was loaded.
+        comparisons (`int`):
+            At most so many of it; 0 leaves it out.
+    """
+    import torch
+    from datasets import Dataset
+
+    from ..errors import ShareLoraError
+    from ..usage import user_usage
+
+    args = trainer.args
+    if not comparisons or not trainer.is_world_process_zero():
+        return
+    by_hand = f"trl-sharelora usage --model_name_or_path {args.output_dir} --dataset_name FILE"
+    # this process has only a part of the model or some users' rows, and a second copy may not fit beside it
+    if trainer.is_fsdp_enabled or (args.user_sharding == "owner" and args.world_size > 1):
+        print(f"Whether it uses its users was not measured: the model is spread over processes. Later: {by_hand}")
+        return
+    if not isinstance(dataset, Dataset):
+        print(
+            f"Whether it uses its users was not measured: the evaluation set is a stream. Later, on a file: {by_hand}"
+        )
+        return
+    try:
+        trainer.usage = user_usage(
+            trainer.accelerator.unwrap_model(trainer.model),
+            dataset,
+            trainer.processing_class,
+            user_column=args.user_column,
+            batch_size=args.per_device_eval_batch_size,
+            max_length=args.max_length,
+            max_comparisons=comparisons,
+            draws=USAGE_DRAWS,
+            seed=args.seed,
+        )
+    except (ShareLoraError, torch.cuda.OutOfMemoryError) as error:
+        # the model is trained and saved; one that knows a single user, say, has nobody to swap him with
+        print(f"Whether it uses its users was not measured: {error}")
+        return
+    print(trainer.usage)
+    trainer.create_model_card(model_name=(trainer.hub_model_id or Path(args.output_dir).name).split("/")[-1])
 
 
 def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str | None = None):

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel, TrainerCallback
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from ..data import check_prompt_row, check_prompt_rows
-from ..errors import ConfigError, NonFiniteError, UnknownUserError, UnsupportedError
+from ..errors import ConfigError, NonFiniteError, UnknownUserError, UnsupportedError, UserIdError
 from ..sharelora.config import ShareLoraConfig, ShareLoraType
 from ..sharelora.routing import Route
-from ..users import UserRegistry, user_id_as_text
+from ..users import UserRegistry
 from .user_arguments import default_output_dir, with_user_arguments
 from .user_batches import UserBatchesMixin, column_of
 
@@ -239,7 +239,10 @@ class OnlinePolicyMixin(UserBatchesMixin):
 
     def _find(self, user_ids: list[Any], unseen: str, where: str) -> list[int]:
         """Rows of the bank, -1 for a user without one if `unseen` allows it."""
-        names = [user_id_as_text(user_id, where) for user_id in user_ids]
+        try:
+            names = self.users.names(user_ids)
+        except UserIdError as error:
+            raise UserIdError(f"In {where}: {error}") from None
         rows = self.users.find(names)
         unknown = sorted({name for name, row in zip(names, rows, strict=True) if row < 0})
         if unknown and unseen == "raise":

@@ -1,14 +1,16 @@
 """ShareLoraRewardTrainer: TRL's RewardTrainer with one reward per user."""
 
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 from trl import RewardTrainer
 
 from ..errors import ConfigError
 from ..sharelora.config import ShareLoraConfig
 from ..starts import warm_start
+from ..usage import UsageReport, usage_card
 from ..users import UserRegistry
 from .preferences import PreferencePairsMixin
 from .reward_config import ShareLoraRewardConfig
@@ -36,6 +38,16 @@ ids are in `users.json`; do not publish it if they are personal data.
 """
 
 
+class _ForgetUsage(TrainerCallback):
+    """What was measured is of the model that was, not of the one that comes out of another training."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.usage = None
+
+
 class ShareLoraRewardTrainer(PreferencePairsMixin, RewardTrainer):
     """
     Trainer of a reward model in which every user has a part of his own.
@@ -44,10 +56,10 @@ class ShareLoraRewardTrainer(PreferencePairsMixin, RewardTrainer):
     same metric names. The loss is TRL's Bradley-Terry loss on mixed batches, that is (3.3) of P-ShareLoRA
     (https://huggingface.co/papers/2503.19201).
 
-    It overrides of RewardTrainer: `__init__` (the users), `compute_loss` (the route, the rewards for exact metrics), and
-    those of [`PreferencePairsMixin`]: `_prepare_dataset`, `_set_signature_columns_if_needed`, `get_batch_samples`,
+    It overrides of RewardTrainer: `__init__` (the users), `compute_loss` (the route, the rewards for exact metrics),
+    `create_model_card` (whether the model uses its users, if `usage` was set), and those of [`PreferencePairsMixin`]: `_prepare_dataset`, `_set_signature_columns_if_needed`, `get_batch_samples`,
     `_get_train_sampler`, `training_step`, `_clip_grad_norm`, `log`, `create_optimizer`, `_load_from_checkpoint`,
-    `_load_optimizer_and_scheduler`, `_load_best_model`, `save_model`, `evaluation_loop`, `create_model_card`.
+    `_load_optimizer_and_scheduler`, `_load_best_model`, `save_model`, `evaluation_loop`.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -66,6 +78,9 @@ class ShareLoraRewardTrainer(PreferencePairsMixin, RewardTrainer):
 
     Raises:
         DataError, UserIdError, UnknownUserError, ConfigError, UnsupportedError: before anything is trained.
+
+    `usage` (a [`~trl_sharelora.usage.UsageReport`] or None) goes into the model card. Nothing measures it here; `trl-sharelora reward`
+    does after the training. Another `train()` makes it None.
 
     Metrics, beside TRL's (`accuracy` exact, ties half): `ties` (pairs), `users/seen`, `users/unseen_rows`,
     `users/accuracy_mean`, `users/accuracy_worst_tenth`, `users/ece`. The table of all users is written to
@@ -86,7 +101,11 @@ class ShareLoraRewardTrainer(PreferencePairsMixin, RewardTrainer):
     """
 
     _tag_names = ["trl", "reward-trainer", "sharelora"]
-    _seams = {"compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"]}
+    _seams = {
+        "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
+        "create_model_card": ["model_name", "dataset_name", "tags"],
+    }
+    usage: UsageReport | None = None
     _task_type = "SEQ_CLS"
     _card_usage = _CARD_USAGE
     _metric_names = {"accuracy": "accuracy", "ties": "ties", "margin": "margin", "mean_reward": "mean_reward"}
@@ -115,6 +134,7 @@ class ShareLoraRewardTrainer(PreferencePairsMixin, RewardTrainer):
         peft_config = self._prepare_users(model, args, train_dataset, peft_config, users)
         super().__init__(model, args, data_collator, train_dataset, *rest, peft_config=peft_config, **kwargs)
         self._start_pairs()
+        self.add_callback(_ForgetUsage(self))
         if args.warm_start is not None:
             warm_start(self.accelerator.unwrap_model(self.model), args.warm_start)
 
@@ -126,3 +146,11 @@ class ShareLoraRewardTrainer(PreferencePairsMixin, RewardTrainer):
             )
         self._record_scores(user_index, outputs.logits.squeeze(-1), weights)
         return (loss, outputs) if return_outputs else loss
+
+    def create_model_card(self, *args, **kwargs):
+        super().create_model_card(*args, **kwargs)
+        if self.usage is not None and self.is_world_process_zero():
+            path = Path(self.args.output_dir, "README.md")
+            # before how it was trained; in a card without that, at the end
+            first, heading, rest = path.read_text(encoding="utf-8").partition("\n## Training procedure")
+            path.write_text(f"{first}\n{usage_card(self.usage)}{heading}{rest}", encoding="utf-8")
