@@ -12,13 +12,14 @@ Student over seeds.
 to the trained users' own held-out accuracy, who gave 100 comparisons each and shaped B ("trained").
 
 *Asking*: a newcomer has a pool of 200 pairs; every five answers he is fitted anew, and the next five are those of `next_comparisons` or random. For
-the same accuracy as random answers: how many of the chosen ones are needed.
+the same accuracy as random answers: how many of the chosen ones are needed. Before each round the stopping rule says how far more answers would
+go; beside it what came.
 
 *Nothing to gain*: newcomers who answer as the common model would (drawn from its own probabilities), and newcomers who toss a coin; "auto" must
 not make them worse than the common model.
 
 *Cost*: CPU time of `fit_users` on 30 comparisons of one newcomer over that of `evaluate_users` on the same, the prior at hand; Llama of 4 layers of
-256, 64 tokens, the ratio's median.
+256 and of 8 layers of 512 (--quick: one of 64, which says nothing), 64 tokens, the ratio's median; and seconds of `add_users` of 10,000 ids.
 """
 
 import argparse
@@ -53,6 +54,7 @@ from trl_sharelora.new_users import fit_users, next_comparisons, user_spread
 from trl_sharelora.scoring import load_reward_model
 
 
+AHEAD = (5, 10)  # answers, of what the stopping rule foresees
 COLUMNS = ("user_id", "prompt", "chosen", "rejected")
 
 
@@ -84,7 +86,7 @@ QUICK = Sizes(
     pool=30,
     asked=(5, 10),
     nothing=(10,),
-    repeats=2,
+    repeats=1,
 )
 
 
@@ -182,10 +184,10 @@ def curve(people: Newcomers) -> dict[str, dict[int, float]]:
     return found
 
 
-def asking(people: Newcomers, seed: int) -> dict[str, list[float]]:
-    """Accuracy after so many chosen or random answers."""
+def asking(people: Newcomers, seed: int) -> dict[str, list]:
+    """Accuracy after so many chosen or random answers; and what the stopping rule foresaw before each round of chosen ones."""
     pools = {user_id: people.answers[user_id][: people.sizes.pool] for user_id in people.ids}
-    found: dict[str, list[float]] = {}
+    found: dict[str, list] = {"foreseen": []}
     for way in ("chosen", "random"):
         draw = random.Random(seed)
         left = {user_id: draw.sample(range(people.sizes.pool), people.sizes.pool) for user_id in people.ids}
@@ -196,6 +198,7 @@ def asking(people: Newcomers, seed: int) -> dict[str, list[float]]:
                 for_prior, tokenizer = load_reward_model(people.directory, device="cpu")
                 add_users(for_prior, people.ids)
             model = for_prior if before == 0 else people.model
+            foreseen = []
             for user_id in people.ids:
                 rows = left[user_id][: n - before]
                 if way == "chosen":
@@ -211,10 +214,19 @@ def asking(people: Newcomers, seed: int) -> dict[str, list[float]]:
                         batch_size=32,
                     )
                     rows = [left[user_id][place] for place in asked.chosen]
+                    foreseen.append(asked)
                 left[user_id] = [row for row in left[user_id] if row not in set(rows)]
                 told[user_id] += [{name: pools[user_id][row][name] for name in COLUMNS} for row in rows]
             fit = people.fit(Dataset.from_list([row for rows in told.values() for row in rows]))
             found[way].append(people.accuracy())
+            if foreseen:
+                points = [math.inf if one.answers_for_a_point is None else one.answers_for_a_point for one in foreseen]
+                curves = [one.curve for one in foreseen if one.curve is not None]
+                rises = [
+                    statistics.fmean([float(np.interp(ahead, one["answers"], one["gain"])) for one in curves] or [0.0])
+                    for ahead in AHEAD
+                ]
+                found["foreseen"].append([before, statistics.median(points), *rises])
     return found
 
 
@@ -264,11 +276,29 @@ def nothing_to_gain(people: Newcomers, seed: int) -> dict[tuple[str, int], float
     return found
 
 
-def costs(repeats: int) -> dict[str, float]:
-    """CPU time of a fit to 30 comparisons over that of scoring them."""
+def model_with_users(layers: int, hidden: int) -> Any:
+    """40 users on all linear modules."""
     users = [f"user{number}" for number in range(40)]
     config = ShareLoraConfig(task_type="SEQ_CLS", r=8, target_modules=common.LINEARS, users=users, bank="resident")
-    model, tokenizer = get_peft_model(common.base_model(4, 256), config), common.tokenizer()
+    return get_peft_model(common.base_model(layers, hidden), config)
+
+
+def adding(repeats: int) -> float:
+    """CPU seconds of adding 10,000 users, the median."""
+    times = []
+    for _ in range(repeats):
+        model = model_with_users(2, 64)
+        start = time.process_time()
+        add_users(model, [f"new{number}" for number in range(10_000)])
+        times.append(time.process_time() - start)
+    return statistics.median(times)
+
+
+def costs(
+    repeats: int, layers: int, hidden: int, methods: tuple[str, ...] = ("gauss-newton", "pca", "auto")
+) -> dict[str, float]:
+    """CPU time of a fit to 30 comparisons over that of scoring them."""
+    model, tokenizer = model_with_users(layers, hidden), common.tokenizer()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():  # as after a training: B and the users' moves are small and not zero
         for module in model.modules():
@@ -292,7 +322,7 @@ def costs(repeats: int) -> dict[str, float]:
     add_users(model, ["new"])
     times: dict[str, list[float]] = defaultdict(list)
     for _ in range(repeats + 1):
-        for what in ("score", "gauss-newton", "pca", "auto"):
+        for what in ("score", *methods):
             start = time.process_time()
             if what == "score":
                 evaluate_users(model, rows, tokenizer)
@@ -301,7 +331,7 @@ def costs(repeats: int) -> dict[str, float]:
             times[what].append(time.process_time() - start)
     return {
         what: statistics.median(one / score for one, score in zip(times[what][1:], times["score"][1:], strict=True))
-        for what in ("gauss-newton", "pca", "auto")
+        for what in methods
     }
 
 
@@ -314,12 +344,19 @@ def interval(values: list[float]) -> str:
     return f"{mean:.3f} ±{half:.3f}"
 
 
+def accuracy_at(result: dict[str, Any], answers: int, sizes: Sizes) -> float:
+    """Of the newcomers who were asked chosen pairs."""
+    return result["asking"]["chosen"][sizes.asked.index(answers)] if answers else result["curve"]["common"][0]
+
+
 def verdict(value: float, limit: float, at_most: bool = True) -> str:
     reached = value <= limit if at_most else value >= limit
     return f"{value:.2f} ({'at most' if at_most else 'at least'} {limit:g}: {'reached' if reached else 'MISSED'})"
 
 
-def report(results: list[dict[str, Any]], sizes: Sizes, cost: dict[str, float]) -> None:
+def report(
+    results: list[dict[str, Any]], sizes: Sizes, cost: dict[str, float], large: float | None, added: float
+) -> None:
     curves = [one["curve"] for one in results]
     base = [one["common"][0] for one in curves]
     print(f"\naccuracy, {len(results)} seeds, {sizes.newcomers} newcomers each, 95 % over seeds")
@@ -369,6 +406,16 @@ def report(results: list[dict[str, Any]], sizes: Sizes, cost: dict[str, float]) 
                 f"  the accuracy of {n} random answers: {ratio:.2f} of as many (single seeds {', '.join(f'{one:.2f}' for one in sorted(each))})"
             )
     print(f"  on average {verdict(statistics.fmean(ratios), 0.7)}")
+    print("\nthe stopping rule: rise of accuracy foreseen before a round of chosen pairs, and what happened")
+    for place, (before, *_) in enumerate(results[0]["asking"]["foreseen"]):
+        parts = []
+        for number, ahead in enumerate(AHEAD):
+            if before + ahead in sizes.asked:
+                said = [one["asking"]["foreseen"][place][2 + number] for one in results]
+                came = [accuracy_at(one, before + ahead, sizes) - accuracy_at(one, before, sizes) for one in results]
+                parts.append(f"{ahead} more {interval(said)}, came {interval(came)}")
+        point = statistics.median(one["asking"]["foreseen"][place][1] for one in results)
+        print(f"  after {before}: " + "; ".join(parts) + f"; a point more needs about {point:.1f} (median)")
     print("\nnothing to gain: accuracy of auto minus the common model's")
     for key in results[0]["nothing"]:
         print(f"  {key[0]}, {key[1]} answers: {interval([one['nothing'][key] for one in results])}")
@@ -376,6 +423,9 @@ def report(results: list[dict[str, Any]], sizes: Sizes, cost: dict[str, float]) 
     print(
         f"  gauss-newton {verdict(cost['gauss-newton'], 2)}; pca {verdict(cost['pca'], 15)}; auto {cost['auto']:.2f}"
     )
+    if large is not None:
+        print(f"  gauss-newton, 8 layers of 512: {verdict(large, 2)}")
+    print(f"  10,000 users are added in {verdict(added, 1)} s")
 
 
 def main() -> None:
@@ -417,8 +467,9 @@ def main() -> None:
         found["curve"] = {method: dict(by_n) for method, by_n in found["curve"].items()}
         found["nothing"] = {(kind, n): gain for kind, n, gain in found["nothing"]}
         results.append(found)
-    cost = costs(sizes.repeats)
-    report(results, sizes, cost)
+    cost = costs(sizes.repeats, *((1, 64) if args.quick else (4, 256)))
+    large = None if args.quick else costs(3, 8, 512, ("gauss-newton",))["gauss-newton"]
+    report(results, sizes, cost, large, adding(3))
 
 
 if __name__ == "__main__":

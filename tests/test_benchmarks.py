@@ -272,3 +272,35 @@ def test_policy_steps_and_pessimistic_scoring(step_time, monkeypatch):
     # texts are words, each a token: else both sides would be measured on next to nothing
     words = policy_step.words(5, torch.Generator().manual_seed(0))
     assert len(policy_step.tokenizer()(words)["input_ids"]) == 5
+
+
+def test_new_users_prints_each_table_and_verdict(step_time, tmp_path, capsys, monkeypatch):
+    import new_users
+
+    small = new_users.replace(
+        new_users.QUICK, users=8, comparisons=12, epochs=1, newcomers=2, test=8, answers=(2, 10), pool=12, full=(2,)
+    )
+    monkeypatch.setattr(new_users, "QUICK", small)
+    monkeypatch.setattr(sys, "argv", ["new_users.py", "--quick", "--output_dir", str(tmp_path)])
+    new_users.main()
+    printed = capsys.readouterr().out
+    assert printed.count("answers  gauss-newton") == 2 and printed.count("full ") == 1
+    # shares at 10 answers of two readings, asking, three of the cost
+    assert printed.count("reached)") + printed.count("MISSED)") == 6
+    assert "after 0: 5 more" in printed and "after 5: 5 more" in printed and printed.count("10 answers: ") == 2
+    kept = json.loads((tmp_path / "quick0" / "result.json").read_text())
+    assert len(kept["asking"]["foreseen"]) == len(kept["asking"]["chosen"]) == 2
+    assert all(0 <= accuracy <= 1 for _, by_n in kept["curve"].items() for _, accuracy in by_n)
+    new_users.main()  # what is kept is used again
+    again = capsys.readouterr().out
+    assert again.split("cost of a fit")[0].split("accuracy, 1 seeds")[1] in printed
+
+
+def test_answers_needed_by_hand(step_time):
+    import new_users
+
+    assert new_users.needed((5, 10), [0.6, 0.8], 0.7) == pytest.approx(7.5)
+    assert new_users.needed((5, 10), [0.6, 0.8], 0.5) == 5 and new_users.needed((5, 10), [0.6, 0.8], 0.9) == float(
+        "inf"
+    )
+    assert new_users.interval([0.1, 0.3]) == "0.200 ±1.271"  # 12.706 * 0.1414 / sqrt(2)
