@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "trl_sharelora"
 # A module may import what stands on its own level or below; `trl` belongs to levels 3 and 4.
 LEVELS = {
+    "empirical_bayes": 0,
     "errors": 0,
     "pessimism": 0,
     "subspace": 0,
@@ -36,6 +37,7 @@ LEVELS = {
     "new_users": 2,
     "rewards": 2,
     "scoring": 2,
+    "shrinkage": 2,
     "splits": 2,
     "starts": 2,
     "usage": 2,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .importers import import_preferences
     from .new_users import add_users, fit_users, next_comparisons
     from .rewards import RewardEstimate, SampledReferences, UserReward
+    from .shrinkage import shrink_users
     from .splits import split_by_comparison, split_by_item, split_by_user
     from .starts import warm_start
     from .trainers.dpo import ShareLoraDPOConfig, ShareLoraDPOTrainer
@@ -44,6 +45,7 @@ _LAZY = {
     "next_comparisons": ".new_users",
     "check_data": ".doctor",
     "import_preferences": ".importers",
+    "shrink_users": ".shrinkage",
     "split_by_comparison": ".splits",
     "split_by_item": ".splits",
     "split_by_user": ".splits",
@@ -100,6 +102,7 @@ __all__ = [
     "forget_user",
     "import_preferences",
     "next_comparisons",
+    "shrink_users",
     "split_by_comparison",
     "split_by_item",
     "split_by_user",

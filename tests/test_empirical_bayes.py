@@ -1,0 +1,133 @@
+"""The users' distribution by EM, against scipy on each user alone, numerical integration and people whose distribution is known."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import integrate, optimize, special, stats
+
+from trl_sharelora.empirical_bayes import Comparisons, Prior, learn_prior
+from trl_sharelora.errors import ConfigError, NonFiniteError
+
+
+def people(n_users, n, k, root, seed=0, mean=None):
+    """Comparisons of users whose own parts are drawn from N(mean, root root')."""
+    draw = np.random.default_rng(seed)
+    own = draw.standard_normal((n_users, root.shape[1])) @ root.T + (0 if mean is None else mean)
+    user = np.repeat(np.arange(n_users), n)
+    x = draw.standard_normal((len(user), k))
+    offset = draw.standard_normal(len(user))
+    margins = offset + (x * own[user]).sum(1)
+    flip = np.where(draw.random(len(user)) < special.expit(margins), 1.0, -1.0)  # the better side is `chosen`
+    return x * flip[:, None], offset * flip, user, own
+
+
+def comparisons(x, offset, user, n_users):
+    return Comparisons(
+        torch.tensor(x, dtype=torch.float32), torch.tensor(offset), torch.tensor(user, dtype=torch.long), n_users
+    )
+
+
+@pytest.mark.parametrize("m", [3, 6], ids=["fewer entries than comparisons", "more"])
+def test_solve_is_the_mode_of_each_user_alone(m):
+    draw = np.random.default_rng(1)
+    counts, k = [5, 1, 4, 0, 5], 7
+    user = np.repeat(np.arange(5), counts)
+    draw.shuffle(user)
+    x, offset = draw.standard_normal((len(user), k)), draw.standard_normal(len(user))
+    root, mean = draw.standard_normal((k, m)), 0.3 * draw.standard_normal(k)
+    problem = comparisons(x, offset, user, 5)
+    y, second, evidence = problem.solve(
+        Prior(torch.tensor(mean, dtype=torch.float32), torch.tensor(root, dtype=torch.float32))
+    )
+    expected_second, expected_evidence = np.zeros((m, m)), 0.0
+    for one in range(5):
+        features, middle = x[user == one] @ root, offset[user == one] + x[user == one] @ mean
+
+        def loss(v, features=features, middle=middle):
+            return -special.log_expit(middle + features @ v).sum() + v @ v / 2
+
+        found = optimize.minimize(loss, np.zeros(m), method="BFGS", options={"gtol": 1e-10})
+        np.testing.assert_allclose(y[one], found.x, atol=2e-4)
+        if counts[one]:
+            p = special.expit(middle + features @ found.x)
+            hessian = np.eye(m) + features.T @ ((p * (1 - p))[:, None] * features)
+            expected_second += (np.outer(found.x, found.x) + np.linalg.inv(hessian)) / 4
+            expected_evidence += -found.fun - np.linalg.slogdet(hessian)[1] / 2
+    np.testing.assert_allclose(second, expected_second, atol=3e-4)
+    assert evidence == pytest.approx(expected_evidence, abs=1e-3)
+
+
+def test_the_evidence_is_about_the_integral():
+    x, offset, user, _ = people(1, 6, 1, np.array([[0.7]]), seed=3)
+    _, _, evidence = comparisons(x, offset, user, 1).solve(Prior(torch.zeros(1), torch.tensor([[0.7]])))
+    exact = integrate.quad(
+        lambda z: np.exp(special.log_expit(offset + x[:, 0] * z).sum()) * stats.norm.pdf(z, scale=0.7), -8, 8
+    )[0]
+    assert evidence == pytest.approx(np.log(exact), abs=0.02)  # Laplace's approximation, not our sums, is off by that
+
+
+def test_padding_and_chunks_do_not_matter(monkeypatch):
+    x, offset, user, _ = people(12, 9, 4, 0.5 * np.eye(4))
+    kept = np.random.default_rng(0).random(len(user)) < 0.6
+    x, offset, user = x[kept], offset[kept], user[kept]
+    prior = Prior(torch.zeros(4), torch.eye(4))
+    together = comparisons(x, offset, user, 12).solve(prior)
+    monkeypatch.setattr("trl_sharelora.empirical_bayes.CHUNK", 60)
+    apart = comparisons(x, offset, user, 12)
+    assert len(apart.chunks) > 3
+    for one, other in zip(together, apart.solve(prior), strict=True):
+        torch.testing.assert_close(torch.as_tensor(one), torch.as_tensor(other), atol=1e-5, rtol=1e-5)
+
+
+def test_em_finds_the_directions_users_differ_in():
+    k = 12
+    root = np.zeros((k, 2))
+    root[3, 0], root[7, 1] = 1.2, 0.6
+    x, offset, user, own = people(200, 40, k, root)
+    steps = list(learn_prior(comparisons(x, offset, user, 200), tau=0.3, steps=20))
+    learned = (steps[-1].prior.root @ steps[-1].prior.root.T).double().numpy()
+    values, vectors = np.linalg.eigh(learned)
+    assert abs(vectors[3, -1]) > 0.95 and abs(vectors[7, -2]) > 0.9
+    # Laplace's approximation finds variances of binary answers too small, the less so the more answers there are
+    assert values[-1] == pytest.approx(1.44, rel=0.3) and values[-2] == pytest.approx(0.36, rel=0.4)
+    assert values[-3] < 0.05
+    evidence = [step.evidence for step in steps]
+    assert evidence == sorted(evidence)
+
+    def error(step):
+        return ((step.users.numpy() - own) ** 2).sum(1).mean()
+
+    assert error(steps[-1]) < 0.8 * min(error(steps[0]), (own**2).sum(1).mean())
+
+
+def test_users_who_are_alike_stay_alike():
+    x, offset, user, own = people(200, 12, 6, np.zeros((6, 1)))
+    steps = list(learn_prior(comparisons(x, offset, user, 200), tau=0.5, steps=10))
+    before, after = (float(step.users.square().sum(1).mean()) for step in (steps[0], steps[-1]))
+    assert after < 0.4 * before
+
+
+def test_the_mean_of_users_is_fitted():
+    mean = np.array([1.0, -1.0, 0, 0, 0])
+    x, offset, user, _ = people(200, 15, 5, 0.3 * np.eye(5), mean=mean)
+    *_, last = learn_prior(comparisons(x, offset, user, 201), tau=0.5, steps=6)
+    np.testing.assert_allclose(last.prior.mean, mean, atol=0.15)
+    assert torch.equal(last.users[200], last.prior.mean)  # who has no comparison is the mean
+    *_, without = learn_prior(comparisons(x, offset, user, 201), tau=0.5, steps=6, mean=False)
+    assert not without.prior.mean.any()
+
+
+def test_bad_input():
+    x, offset, user, _ = people(3, 4, 2, np.eye(2))
+    good = comparisons(x, offset, user, 3)
+    with pytest.raises(ConfigError, match="tau=0"):
+        next(learn_prior(good, tau=0, steps=1))
+    with pytest.raises(ConfigError, match="steps=-1"):
+        next(learn_prior(good, tau=1.0, steps=-1))
+    with pytest.raises(ConfigError, match="numbers from 0 to 1"):
+        comparisons(x, offset, user, 2)
+    with pytest.raises(ConfigError, match="at least 1"):
+        comparisons(x[:0], offset[:0], user[:0], 2)
+    x[5] = np.nan
+    with pytest.raises(NonFiniteError, match="the first is number 5"):
+        comparisons(x, offset, user, 3)

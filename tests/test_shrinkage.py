@@ -1,0 +1,226 @@
+"""Users' own parts after shrinkage, against a world whose tastes are known and a slow calculation without the package's passes."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from helpers import preference_rows, tiny_model, tiny_tokenizer
+from peft import get_peft_model
+from scipy import optimize, special
+from torch import nn
+from transformers import BertConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from trl_sharelora import ShareLoraConfig, add_users, evaluate_users, fit_users, shrink_users, use_users
+from trl_sharelora.errors import ConfigError, DataError, NonFiniteError, UnknownUserError
+from trl_sharelora.new_users import _UserMoves
+from trl_sharelora.sharelora.routing import get_router
+
+
+TOKENIZER = tiny_tokenizer()
+SIZE, TEXTS, USERS = 6, 120, [f"user{number}" for number in range(30)]
+
+
+class LinearReward(PreTrainedModel):
+    """A text's number in, a linear function of its features out."""
+
+    config_class = BertConfig
+
+    def __init__(self, config, features):
+        super().__init__(config)
+        self.features = features
+        self.projection = nn.Linear(SIZE, SIZE, bias=False)
+        self.classifier = nn.Linear(SIZE, 1, bias=False)
+        nn.init.eye_(self.projection.weight)
+        nn.init.normal_(self.classifier.weight, std=0.3)
+
+    def forward(self, input_ids, **kwargs):
+        return SequenceClassifierOutput(logits=self.classifier(self.projection(self.features[input_ids[:, 0]])))
+
+
+def linear_model(seed=0, bank="resident"):
+    torch.manual_seed(seed)
+    features = torch.randn(TEXTS, SIZE)
+    base = LinearReward(BertConfig(hidden_size=SIZE, num_labels=1), features)
+    config = ShareLoraConfig(
+        r=2, target_modules=["projection"], users=USERS, init_lora_weights=False, bank=bank, task_type="SEQ_CLS"
+    )
+    model = get_peft_model(base, config).eval()
+    bank_of = _UserMoves(model)
+    for row in range(len(USERS)):
+        bank_of.write(row, torch.zeros(bank_of.entries))
+    return model
+
+
+def scores(model):
+    """Of all texts, by the common model."""
+    with torch.no_grad(), use_users(model, ["nobody in particular"] * TEXTS, unseen="common"):
+        return model(input_ids=torch.arange(TEXTS)[:, None]).logits[:, 0].double().numpy()
+
+
+def world(model, spread, n, seed=1, users=USERS):
+    """Answers of users whose weights on the features are the model's and, in the first feature, their own."""
+    draw, people = np.random.default_rng(seed), np.random.default_rng(7)
+    common = scores(model)
+    features = model.get_base_model().features.numpy()
+    rows = []
+    for user_id, taste in zip(users, people.standard_normal(len(users)) * spread, strict=True):
+        for _ in range(n):
+            one, other = (int(text) for text in draw.choice(TEXTS, 2, replace=False))
+            margin = common[one] - common[other] + taste * (features[one, 0] - features[other, 0])
+            if draw.random() > special.expit(margin):
+                one, other = other, one
+            rows.append({"user_id": user_id, "chosen_ids": [one], "rejected_ids": [other]})
+    return Dataset.from_list(rows)
+
+
+def accuracy(model, rows):
+    return evaluate_users(model, rows, TOKENIZER, batch_size=64).macro
+
+
+@pytest.mark.parametrize("bank", ["resident", "ram"])
+def test_a_ridge_is_the_optimum_of_each_user(bank):
+    """Without EM steps: the parts are those of a logistic regression of each user, by scipy on the model's own gradients."""
+    model = linear_model(bank=bank)
+    train, held = world(model, 2.0, 12), world(model, 2.0, 12, seed=2)
+    moves = _UserMoves(model)
+    result = shrink_users(model, train, TOKENIZER, validation=held, scale=1.5, steps=0)
+    assert result.chosen == "shrunk" and result.steps == 0 and result.n == 360 and result.held_out == 360
+    # the reward is classifier (x + s B A_u x): the gradient with respect to A_u is s (classifier B)' x'
+    layer = model.get_base_model().projection
+    features = model.get_base_model().features
+    way = layer.scaling["default"] * (model.get_base_model().classifier.weight @ layer.sharelora_B["default"].weight)
+    rows = train.with_format(None)
+    differences = [features[row["chosen_ids"][0]] - features[row["rejected_ids"][0]] for row in rows]
+    gradients = torch.stack([torch.outer(way[0], d).flatten() for d in differences]).detach().double().numpy()
+    tau = 1.5 / np.sqrt((gradients**2).sum(1).mean())
+    fresh = linear_model(bank=bank)
+    at_zero = scores(fresh)
+    offsets = np.array([at_zero[row["chosen_ids"][0]] - at_zero[row["rejected_ids"][0]] for row in rows])
+    for user in (0, 17):
+        own = np.array([row["user_id"] == USERS[user] for row in rows])
+
+        def loss(z, own=own):
+            return -special.log_expit(offsets[own] + gradients[own] @ z).sum() + z @ z / 2 / tau**2
+
+        found = optimize.minimize(loss, np.zeros(gradients.shape[1]), method="BFGS", options={"gtol": 1e-9})
+        np.testing.assert_allclose(moves.read([user])[0], found.x, atol=2e-3)
+
+
+def test_it_finds_what_users_differ_in_and_helps_newcomers():
+    model = linear_model()
+    train, held, test = (world(model, 3.0, n, seed) for n, seed in ((12, 1), (8, 2), (30, 3)))
+    common = accuracy(model, test)
+    ridge = shrink_users(model, train, TOKENIZER, validation=held, steps=0)
+    with_ridge = accuracy(model, test)
+    result = shrink_users(model, train, TOKENIZER, validation=held)
+    assert result.chosen == "shrunk" and result.steps > 0
+    assert accuracy(model, test) > with_ridge + 0.01 > common + 0.05
+    assert list(result.table["state"]) == ["common", "trained", "shrunk"]
+    trained = result.table.set_index("state")["accuracy"]["trained"]  # what the ridge left
+    assert trained == pytest.approx(ridge.table.set_index("state")["accuracy"]["shrunk"])
+    best = result.candidates["log_likelihood"].idxmax()
+    assert result.candidates.loc[best, ["scale", "steps"]].tolist() == [result.scale, result.steps]
+    # the first feature is what they differ in: in A of shape (r, in) its column
+    column = result.spread.directions[0].reshape(2, SIZE).square().sum(0)
+    assert float(column[0] / column.sum()) > 0.9
+    assert "in the model now: shrunk" in str(result)
+    newcomers = [f"new{number}" for number in range(20)]
+    answers, later = (world(model, 3.0, n, seed, newcomers) for n, seed in ((10, 4), (40, 5)))
+    add_users(model, newcomers)
+    before = accuracy(model, later)
+    fit_users(model, answers, TOKENIZER, spread=result.spread)
+    assert accuracy(model, later) > before + 0.05
+
+
+def test_users_who_are_alike_are_left_alike():
+    model = linear_model()
+    train, held, test = (world(model, 0.0, n, seed) for n, seed in ((15, 1), (10, 2), (60, 3)))
+    before = accuracy(model, test)
+    shrink_users(model, train, TOKENIZER, validation=held)
+    assert accuracy(model, test) > before - 0.01
+
+
+def test_without_validation_each_fifth_is_held_out_and_used_after_it():
+    model = linear_model()
+    train = world(model, 2.0, 20)
+    result = shrink_users(model, train, TOKENIZER)
+    assert result.held_out == 30 * 4 and result.n == 600 and list(result.table["state"]) == ["common", "shrunk"]
+    # used after it: what is written is the fit to all of them
+    again = linear_model()
+    shrink_users(again, train, TOKENIZER, validation=world(again, 2.0, 10, 2), scale=result.scale, steps=result.steps)
+    torch.testing.assert_close(
+        _UserMoves(model).read(range(30)), _UserMoves(again).read(range(30)), atol=1e-5, rtol=1e-4
+    )
+
+
+def test_what_did_better_before_stays():
+    model = linear_model()
+    moves = _UserMoves(model)
+    train, held = world(model, 3.0, 30), world(model, 3.0, 60, 2)
+    shrink_users(model, train, TOKENIZER, validation=held)
+    kept = moves.read(range(30)).clone()
+    few = train.select(range(0, len(train), 15))  # two of each user: a fit to these cannot be better
+    result = shrink_users(model, few, TOKENIZER, validation=held)
+    assert result.chosen == "trained"
+    assert torch.equal(moves.read(range(30)), kept)
+
+
+def test_everything_else_and_everybody_else_stays(tmp_path):
+    torch.manual_seed(0)
+    config = ShareLoraConfig(
+        task_type="SEQ_CLS",
+        r=2,
+        target_modules=["q_proj", "down_proj"],
+        users=["a", "b", "c"],
+        init_lora_weights=False,
+    )
+    model = get_peft_model(tiny_model(), config).eval()
+    rows = Dataset.from_list(preference_rows(["a", "b"], 40, seed=1))
+    moves = _UserMoves(model)
+    for row in range(3):
+        moves.write(row, torch.randn(moves.entries, generator=torch.Generator().manual_seed(row)))
+    c = get_router(model).users.index(["c"])
+    before = {name: value.clone() for name, value in model.state_dict().items() if "sharelora_A" not in name}
+    of_c = moves.read(c).clone()
+    result = shrink_users(model, rows, TOKENIZER, output_dir=tmp_path)
+    assert result.n_users == 2
+    assert torch.equal(moves.read(c), of_c)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    assert moves.read([0, 1]).isfinite().all()
+
+
+def test_bad_input():
+    model = linear_model()
+    train = world(model, 1.0, 6)
+    before = _UserMoves(model).read(range(30)).clone()
+    for arguments, error, message in (
+        ({"scale": 0.0}, ConfigError, "scale=0.0"),
+        ({"steps": -1}, ConfigError, "steps=-1"),
+        ({"validation": world(model, 1.0, 2, users=["nobody"])}, UnknownUserError, "nobody"),
+    ):
+        with pytest.raises(error, match=message):
+            shrink_users(model, train, TOKENIZER, **arguments)
+    with pytest.raises(UnknownUserError, match="stranger"):
+        shrink_users(model, world(model, 1.0, 6, users=["stranger", "user0"]), TOKENIZER)
+    with pytest.raises(DataError, match="of 1 users"):
+        shrink_users(model, world(model, 1.0, 6, users=["user0"]), TOKENIZER)
+    with pytest.raises(DataError, match="none can be held out"):
+        shrink_users(model, world(model, 1.0, 3), TOKENIZER)
+    with pytest.raises(DataError, match="No usable validation"):
+        shrink_users(
+            model,
+            world(model, 1.0, 6, users=["user0", "user1"]),
+            TOKENIZER,
+            validation=world(model, 1.0, 6, users=["user2"]),
+        )
+    assert torch.equal(_UserMoves(model).read(range(30)), before)
+    with torch.no_grad():
+        model.get_base_model().projection.sharelora_B["default"].weight.zero_()
+    with pytest.raises(DataError, match="depends on the users"):
+        shrink_users(model, train, TOKENIZER)
+    with torch.no_grad():
+        model.get_base_model().classifier.weight.fill_(float("nan"))
+    with pytest.raises(NonFiniteError):
+        shrink_users(model, train, TOKENIZER)
+    assert torch.equal(_UserMoves(model).read(range(30)), before)

@@ -1,0 +1,326 @@
+"""Users' own parts after the training: each shrunk as far as all users together say, and no further.
+
+A training stops each user's part somewhere between the common model and his own thirty answers, by a rate and a decay that are the same for all
+users and directions. [`shrink_users`] puts every user's part where it is most likely, given his comparisons and how much users differ in each
+direction, which it learns from all of them (trl_sharelora/empirical_bayes.py). B, A_0, the head and the base stay as they were trained.
+
+Everything is of the reward linearised at the common model, D = 0: exact where the adapted layer feeds a linear head (share="B" or "A" on the
+last layer), an approximation elsewhere. So what is written is checked with the real model on held-out comparisons, and what did better there stays.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+
+from .confidence import _open
+from .data import check_preference_rows
+from .empirical_bayes import Comparisons, Prior, Step, learn_prior
+from .errors import ConfigError, DataError, NonFiniteError
+from .new_users import MOST_NUMBERS, UserSpread, _gram, _Pairs, _Passes, _tokenised
+
+
+logger = logging.getLogger(__name__)
+
+# Standard deviations of a margin before the first answer, in log-odds, from "hardly any difference" to "everybody his own". The best were .25 on
+# MT-bench's judges, who agree, 1 on UKPConvArg's and 4 on Polis' voters, who do not (docs/log.md).
+SCALES = (0.25, 1.0, 2.0, 4.0)
+STEPS = 8
+# Directions of the gradients that are kept; comparisons that they are found from.
+DIRECTIONS, SAMPLE = 512, 2048
+# Handed to newcomers: of 8, 32 and 64 the last did best from 50 answers on (Polis), and a fit takes .02 s in 64, 1 s in 382.
+SPREAD_DIRECTIONS = 64
+TEMPERATURES = (0.1, 0.2, 0.35, 0.5, 0.7, 1.0)
+EVERY = 5  # without validation comparisons, each fifth of a user's own is held out
+
+
+@dataclass
+class ShrinkageResult:
+    """What [`shrink_users`] found and wrote.
+
+    Args:
+        chosen (`str`):
+            What did best on held-out comparisons and is in the model now: `"shrunk"`, `"trained"` (as it came) or `"common"` (all moves zero).
+        scale (`float`), steps (`int`):
+            Of the shrunk: standard deviation of a margin at the start (log-odds) and EM steps from there.
+        table (`pandas.DataFrame`):
+            `state` (`common`, `trained`, `shrunk`), `accuracy` (mean over users) and `log_likelihood` (of a comparison, mean over users, at each
+            state's best temperature) on held-out comparisons.
+        candidates (`pandas.DataFrame`):
+            `scale`, `steps`, `accuracy`, `log_likelihood`, `evidence` of everything tried, by the linearised model.
+        spread ([`~trl_sharelora.new_users.UserSpread`]):
+            How users differ: the prior for newcomers, `fit_users(..., spread=result.spread)`.
+        n (`int`), n_users (`int`), dropped (`int`), held_out (`int`):
+            Comparisons and users fitted, comparisons left out because they are too long or cannot be tokenised, comparisons held out to choose.
+    """
+
+    chosen: str
+    scale: float
+    steps: int
+    table: pd.DataFrame
+    candidates: pd.DataFrame = field(repr=False)
+    spread: UserSpread
+    n: int
+    n_users: int
+    dropped: int
+    held_out: int
+
+    def __str__(self) -> str:
+        shown = self.table.to_string(index=False, float_format="{:.4f}".format)
+        return (
+            f"{self.n_users} users, {self.n} comparisons"
+            + (f", {self.dropped} dropped" if self.dropped else "")
+            + "; on "
+            f"{self.held_out} held out:\n{shown}\nin the model now: {self.chosen} (of the shrunk: scale {self.scale:g}, {self.steps} steps, "
+            f"{len(self.spread.scales)} directions)"
+        )
+
+
+def shrink_users(
+    model_or_path: Any,
+    comparisons: Dataset,
+    processing_class: Any = None,
+    *,
+    validation: Dataset | None = None,
+    scale: float | None = None,
+    steps: int | None = None,
+    user_column: str = "user_id",
+    batch_size: int = 64,
+    max_length: int | None = None,
+    output_dir: str | os.PathLike | None = None,
+    **loading: Any,
+) -> ShrinkageResult:
+    """Put every user's own part where it is most likely under the differences between users, learned from all of them by EM.
+
+    Two forward and backward passes over the comparisons and a few seconds of linear algebra. Users without a comparison here keep their rows.
+
+    Args:
+        model_or_path ([`~peft.PeftModel`], `str` or `os.PathLike`):
+            A trained ShareLoRA reward model, changed in place; or where it was saved: then it is saved again.
+        comparisons ([`~datasets.Dataset`]):
+            The training comparisons; see [`~trl_sharelora.data.check_preference_rows`].
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The tokenizer; by default the one saved with the adapter.
+        validation ([`~datasets.Dataset`], *optional*):
+            Comparisons of the same users that the training has not seen, by which scale and steps are chosen and the result is kept or not. By default
+            each fifth comparison of each user is held out of the fit for the choice, and all are used after it; the model has been trained on them, so the
+            state it came in looks better than it is and is not chosen. Where a user's comparisons share texts, only comparisons of other
+            texts can tell, so give them.
+        scale (`float`, *optional*):
+            Standard deviation of a comparison's margin between users at the start, in log-odds; by default of .25, 1, 2 and 4 the one that does best.
+        steps (`int`, *optional*):
+            EM steps; by default of 0 to 8 the number that does best. 0 is a ridge of the same strength for all users and directions.
+        user_column (`str`, *optional*, defaults to `"user_id"`):
+            The column that names the user.
+        batch_size (`int`, *optional*, defaults to 64):
+            Comparisons per forward; each is two sequences.
+        max_length (`int`, *optional*):
+            Comparisons with a longer text are dropped and counted; by default those beyond the model's positions are.
+        output_dir (`str` or `os.PathLike`, *optional*):
+            Where to save the model, if not in `model_or_path`.
+        **loading:
+            See [`~trl_sharelora.scoring.load_reward_model`].
+
+    Raises:
+        DataError: there are no usable comparisons of at least two users, or a row is not one.
+        UnknownUserError: a user is not in the model; see [`~trl_sharelora.new_users.fit_users`] for newcomers.
+        ConfigError: `scale` or `steps` is out of range.
+        NonFiniteError: a reward or gradient is NaN or infinite. In all cases nothing has been changed.
+
+    Example:
+
+    ```python
+    trainer.train()
+    result = shrink_users(trainer.model, train_dataset, tokenizer, validation=eval_dataset)
+    fit_users(trainer.model, answers_of_newcomers, tokenizer, spread=result.spread)
+    ```
+    """
+    if scale is not None and not (scale > 0 and math.isfinite(scale)):
+        raise ConfigError(f"scale={scale!r} came; a finite standard deviation above 0, in log-odds, is needed.")
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 0):
+        raise ConfigError(f"steps={steps!r} came; a whole number of at least 0 is needed.")
+    scorer, path = _open(model_or_path, processing_class, batch_size, loading)
+    directory = os.fspath(output_dir) if output_dir is not None else path
+    passes = _Passes(scorer)
+    names: list[str] = []
+
+    def read(dataset: Dataset, name: str) -> tuple[_Pairs, int]:
+        check_preference_rows(dataset, user_column, name=name)
+        dataset = dataset.with_format(None)
+        ids = scorer.users.names(dataset[user_column][:])
+        if name == "training":
+            names.extend(dict.fromkeys(ids))
+        scorer.users.index(ids)  # raises where one is unknown
+        place = {user_id: number for number, user_id in enumerate(names)}
+        kept, pairs, dropped = _tokenised(dataset, [place.get(one, len(place)) for one in ids], scorer, max_length)
+        return pairs, sum(dropped)
+
+    pairs, dropped = read(comparisons, "training")
+    users = len(names)
+    if not len(pairs.user) or len(pairs.user.unique()) < 2:
+        raise DataError(
+            f"{len(pairs.user)} usable comparisons of {len(pairs.user.unique())} users came; what users have in common can be told from two users "
+            "at least, better from twenty. Nothing has been changed."
+        )
+    own_validation = validation is not None
+    if validation is not None:
+        held, more_dropped = read(validation, "validation")
+        held = held.of(held.user < users)  # of users without a training comparison there is nothing to choose
+        if not len(held.user):
+            raise DataError(
+                "No usable validation comparison is of a user with training comparisons. Nothing has been changed."
+            )
+        dropped += more_dropped
+    basis = _directions(passes, pairs)
+    margins, features = _linearised(passes, pairs, basis)
+    if own_validation:
+        held_margins, held_features = _linearised(passes, held, basis)
+        fitted_on = torch.ones(len(margins), dtype=torch.bool)
+    else:
+        fitted_on = _kept_for_the_fit(pairs.user)
+        held, held_margins, held_features = pairs.of(~fitted_on), margins[~fitted_on], features[~fitted_on]
+        if not len(held.user):
+            raise DataError(
+                f"No user has {EVERY} comparisons, so none can be held out to choose by; give validation=. Nothing has been changed."
+            )
+
+    size = float(features.square().sum(1).mean().sqrt())
+    if not size:
+        raise DataError(
+            "No comparison depends on the users' own parts (B is zero, or the texts are all alike), so there is nothing to shrink. Was the model trained? "
+            "Nothing has been changed."
+        )
+    scales = SCALES if scale is None else (scale,)
+    most = STEPS if steps is None else steps
+    fit = Comparisons(features[fitted_on], margins[fitted_on], pairs.user[fitted_on], users)
+    tried: list[dict[str, float]] = []
+    best: tuple[float, float, Step] | None = None
+    for one in scales:
+        for step in _steps(fit, one / size, most):
+            if steps is not None and step.number != steps:
+                continue
+            accuracy, likelihood = _judged(
+                held_margins + (held_features * step.users[held.user]).sum(1).double(), held.user
+            )
+            tried.append(
+                {
+                    "scale": one,
+                    "steps": step.number,
+                    "accuracy": accuracy,
+                    "log_likelihood": likelihood,
+                    "evidence": step.evidence,
+                }
+            )
+            if best is None or likelihood > best[0]:
+                best = likelihood, one, step
+    if best is None:
+        raise NonFiniteError("The evidence is NaN at every scale. Nothing has been changed.")
+    _, scale, step = best
+
+    moves = {"common": torch.zeros(users, passes.bank.entries), "shrunk": step.users @ basis.cpu()}
+    if own_validation:
+        rows = scorer.users.index(names)
+        moves["trained"] = torch.cat([passes.bank.read(rows[at : at + 64]).cpu() for at in range(0, users, 64)])
+    lines = []
+    for state in ("common", "trained", "shrunk"):
+        if state in moves:
+            accuracy, likelihood = _judged(passes.margins(held, moves[state].to(scorer.device)), held.user)
+            lines.append({"state": state, "accuracy": accuracy, "log_likelihood": likelihood})
+    table = pd.DataFrame(lines)
+    chosen = str(table.loc[table["log_likelihood"].idxmax(), "state"])
+    if not own_validation:  # the held-out comparisons count too, now that nothing is chosen by them any more
+        *_, step = _steps(Comparisons(features, margins, pairs.user, users), scale / size, step.number)
+        moves["shrunk"] = step.users @ basis.cpu()
+    if chosen != "trained":
+        for row, move in zip(scorer.users.index(names), moves[chosen], strict=True):
+            passes.bank.write(row, move)
+    if directory is not None:
+        scorer.model.save_pretrained(directory)
+    result = ShrinkageResult(
+        chosen, scale, step.number, table, pd.DataFrame(tried), _as_spread(step.prior, basis, users),
+        len(pairs.user), users, dropped, len(held.user),
+    )  # fmt: skip
+    for line in str(result).splitlines():
+        logger.info(line)
+    return result
+
+
+def _steps(fit: Comparisons, tau: float, steps: int) -> Iterator[Step]:
+    """EM until the evidence is no number any more or falls: then a step was too long, and what came before it stands."""
+    before = -math.inf
+    for step in learn_prior(fit, tau, steps):
+        if not math.isfinite(step.evidence) or step.evidence < before - 1e-3 * abs(before):
+            logger.warning(
+                "EM stopped after %d steps: the evidence fell from %.1f to %.1f.",
+                step.number - 1,
+                before,
+                step.evidence,
+            )
+            return
+        before = step.evidence
+        yield step
+
+
+def _directions(passes: _Passes, pairs: _Pairs) -> torch.Tensor:
+    """`(k, entries)`, orthonormal: the directions in which the comparisons' gradients at D = 0 are large."""
+    n, entries = len(pairs.user), passes.bank.entries
+    some = np.random.default_rng(0).permutation(n)[: max(64, min(SAMPLE, MOST_NUMBERS // entries))]
+    keep = torch.zeros(n, dtype=torch.bool)
+    keep[torch.from_numpy(some)] = True
+    _, gradients = _linearised(passes, pairs.of(keep), None)
+    values, vectors = torch.linalg.eigh(_gram(gradients))
+    large = values > 1e-6 * values[-1].clamp(min=1e-30)
+    vectors = vectors[:, large].flip(1)[:, :DIRECTIONS] if bool(values[-1] > 0) else vectors[:, -1:]
+    directions = vectors.T.float() @ gradients
+    return torch.linalg.qr(directions.T)[0].T.contiguous().to(passes.scorer.device)
+
+
+def _linearised(passes: _Passes, pairs: _Pairs, basis: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Margins `(n,)` and gradients along the basis `(n, k)` at the common model."""
+    zero = torch.zeros(1, passes.bank.entries, device=passes.scorer.device)
+    alike = _Pairs(pairs.chosen, pairs.rejected, torch.zeros_like(pairs.user))
+    margins, gradients = passes.linearise(alike, zero, basis)
+    bad = ~(margins.isfinite() & gradients.isfinite().all(1))
+    if bool(bad.any()):
+        raise NonFiniteError(
+            f"The rewards of {int(bad.sum())} of {len(bad)} comparisons, or their gradients, are NaN or infinite. The model has diverged, or the "
+            "base's dtype overflows (load it in float32 or bfloat16). Nothing has been changed."
+        )
+    return margins, gradients.float()
+
+
+def _kept_for_the_fit(user: torch.Tensor) -> torch.Tensor:
+    """`(n,)` bool: all but each fifth comparison of each user."""
+    seen: dict[int, int] = {}
+    kept = []
+    for one in user.tolist():
+        seen[one] = seen.get(one, 0) + 1
+        kept.append(seen[one] % EVERY != 0)
+    return torch.tensor(kept, dtype=torch.bool)
+
+
+def _judged(margins: torch.Tensor, user: torch.Tensor) -> tuple[float, float]:
+    """Accuracy and log-likelihood at the best temperature, each the mean over users."""
+    n = torch.bincount(user).double()
+    weight = (1 / n[user]) / int((n > 0).sum())
+    accuracy = float((weight * ((margins.sign() + 1) / 2)).sum())
+    likelihood = max(float((weight * F.logsigmoid(one * margins)).sum()) for one in TEMPERATURES)
+    return accuracy, likelihood
+
+
+def _as_spread(prior: Prior, basis: torch.Tensor, users: int) -> UserSpread:
+    vectors, scales, _ = torch.linalg.svd(prior.root.double(), full_matrices=False)
+    explained = scales.square().cumsum(0) / scales.square().sum()
+    kept = torch.arange(len(scales)) < min(SPREAD_DIRECTIONS, int((scales > 1e-3 * scales[0]).sum()))
+    directions = vectors[:, kept].T.float().to(basis) @ basis
+    return UserSpread(
+        prior.mean.to(basis) @ basis, directions, scales[kept].float().to(basis), float(explained[kept][-1]), users
+    )
