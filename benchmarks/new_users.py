@@ -4,7 +4,7 @@
     python benchmarks/new_users.py              # 5 seeds; 12 newcomers each; about half an hour on two cores
 
 A world of the demo (40 users with 100 comparisons each, tastes that differ in a space of two dimensions which no method is told, noisy
-answers) trains a reward model with ShareLoraRewardTrainer, share="B". Then newcomers come, whom no training has seen: same world, other
+answers) trains a reward model with ShareLoraRewardTrainer, share="B" and train_common=True as the demo does. Then newcomers come, whom no training has seen: same world, other
 mixtures of taste, questions and pairs of their own. Accuracy is on held-out answers of theirs, each newcomer counts the same; intervals are 95 %
 Student over seeds.
 
@@ -55,6 +55,7 @@ from trl_sharelora.scoring import load_reward_model
 
 
 AHEAD = (5, 10)  # answers, of what the stopping rule foresees
+PARTS = ("curve", "asking", "nothing", "cost")
 COLUMNS = ("user_id", "prompt", "chosen", "rejected")
 
 
@@ -172,13 +173,14 @@ class Newcomers:
         return evaluate_users(self.model, test or self.test, self.tokenizer, batch_size=64).macro
 
 
-def curve(people: Newcomers) -> dict[str, dict[int, float]]:
+def curve(people: Newcomers, methods: list[str] | None = None) -> dict[str, dict[int, float]]:
     """Accuracy by method and number of answers."""
     found: dict[str, dict[int, float]] = defaultdict(dict)
     found["common"][0] = people.accuracy()
     for n in people.sizes.answers:
         rows = people.first(n)
-        for method in ("gauss-newton", "pca", "auto", *(["full"] if n in people.sizes.full else [])):
+        every = ("gauss-newton", "pca", "auto", *(["full"] if n in people.sizes.full else []))
+        for method in [method for method in every if methods is None or method in methods]:
             people.fit(rows, method)
             found[method][n] = people.accuracy()
     return found
@@ -354,9 +356,7 @@ def verdict(value: float, limit: float, at_most: bool = True) -> str:
     return f"{value:.2f} ({'at most' if at_most else 'at least'} {limit:g}: {'reached' if reached else 'MISSED'})"
 
 
-def report(
-    results: list[dict[str, Any]], sizes: Sizes, cost: dict[str, float], large: float | None, added: float
-) -> None:
+def report_curve(results: list[dict[str, Any]], sizes: Sizes) -> None:
     curves = [one["curve"] for one in results]
     base = [one["common"][0] for one in curves]
     print(f"\naccuracy, {len(results)} seeds, {sizes.newcomers} newcomers each, 95 % over seeds")
@@ -371,7 +371,7 @@ def report(
         print(f"  {n:>4} answers  " + "   ".join(parts))
     for name, top in (("truth", "best"), ("trained", "seen")):
         for n, wanted in ((10, 0.5), (50, 0.8)):
-            if n in sizes.answers:
+            if n in curves[0].get("auto", {}):
                 shares = [
                     (one["curve"]["auto"][n] - one["curve"]["common"][0]) / (one[top] - one["curve"]["common"][0])
                     for one in results
@@ -379,6 +379,9 @@ def report(
                 print(
                     f"  auto, share of the gain up to {name} by {n}: {verdict(statistics.fmean(shares), wanted, at_most=False)}"
                 )
+
+
+def report_asking(results: list[dict[str, Any]], sizes: Sizes) -> None:
     print("\nasking: answers needed for the accuracy of random ones")
     for way in ("chosen", "random"):
         print(
@@ -416,16 +419,23 @@ def report(
                 parts.append(f"{ahead} more {interval(said)}, came {interval(came)}")
         point = statistics.median(one["asking"]["foreseen"][place][1] for one in results)
         print(f"  after {before}: " + "; ".join(parts) + f"; a point more needs about {point:.1f} (median)")
+
+
+def report_nothing(results: list[dict[str, Any]]) -> None:
     print("\nnothing to gain: accuracy of auto minus the common model's")
     for key in results[0]["nothing"]:
         print(f"  {key[0]}, {key[1]} answers: {interval([one['nothing'][key] for one in results])}")
+
+
+def report_cost(quick: bool, repeats: int) -> None:
+    cost = costs(repeats, *((1, 64) if quick else (4, 256)))
     print("\ncost of a fit to 30 comparisons, in units of scoring them once")
     print(
         f"  gauss-newton {verdict(cost['gauss-newton'], 2)}; pca {verdict(cost['pca'], 15)}; auto {cost['auto']:.2f}"
     )
-    if large is not None:
-        print(f"  gauss-newton, 8 layers of 512: {verdict(large, 2)}")
-    print(f"  10,000 users are added in {verdict(added, 1)} s")
+    if not quick:
+        print(f"  gauss-newton, 8 layers of 512: {verdict(costs(3, 8, 512, ('gauss-newton',))['gauss-newton'], 2)}")
+    print(f"  10,000 users are added in {verdict(adding(3), 1)} s")
 
 
 def main() -> None:
@@ -433,7 +443,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one small seed, to see that everything runs")
     parser.add_argument("--seeds", type=int, default=5, metavar="N")
     parser.add_argument("--first_seed", type=int, default=0, metavar="N")
-    parser.add_argument("--train_common", action="store_true", help="the reward model also trains A_0")
+    parser.add_argument("--frozen_common", action="store_true", help="A_0 stays as drawn (the paper's form)")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure; what is there is kept"
+    )
+    parser.add_argument(
+        "--methods", nargs="+", choices=("gauss-newton", "pca", "auto", "full"), help="of the curve; by default all"
+    )
     parser.add_argument(
         "--output_dir",
         default="new_users_runs",
@@ -446,30 +462,38 @@ def main() -> None:
     print(common.machine())
     results = []
     for seed in range(args.first_seed, args.first_seed + (1 if args.quick else args.seeds)):
-        folder = Path(
-            args.output_dir, f"{'quick' if args.quick else 'seed'}{seed}{'-common' if args.train_common else ''}"
-        )
+        name = f"{'quick' if args.quick else 'seed'}{seed}{'-frozen' if args.frozen_common else ''}"
+        folder = Path(args.output_dir, name)
         kept = folder / "result.json"
-        if not kept.is_file():
-            start = time.time()
-            model = train(folder, sizes, seed, args.train_common)
-            people = Newcomers(model, sizes, seed)
-            found = {
-                "best": people.best,
-                "seen": json.loads((model / "seen.json").read_text())["accuracy"],
-                "curve": {method: list(by_n.items()) for method, by_n in curve(people).items()},
-                "asking": asking(people, seed),
-                "nothing": [[*key, gain] for key, gain in nothing_to_gain(people, seed).items()],
-            }
+        found = json.loads(kept.read_text()) if kept.is_file() else {}
+        start = time.time()
+        people = None
+        for part in [part for part in args.parts if part not in found and part != "cost"]:
+            if people is None:
+                model = train(folder, sizes, seed, not args.frozen_common)
+                people = Newcomers(model, sizes, seed)
+                found |= {"best": people.best, "seen": json.loads((model / "seen.json").read_text())["accuracy"]}
+            if part == "curve":
+                found[part] = {method: list(by_n.items()) for method, by_n in curve(people, args.methods).items()}
+            elif part == "asking":
+                found[part] = asking(people, seed)
+            else:
+                found[part] = [[*key, gain] for key, gain in nothing_to_gain(people, seed).items()]
             kept.write_text(json.dumps(found))
-            print(f"seed {seed}: {time.time() - start:.0f} s, {people.spread}", flush=True)
-        found = json.loads(kept.read_text())
-        found["curve"] = {method: dict(by_n) for method, by_n in found["curve"].items()}
-        found["nothing"] = {(kind, n): gain for kind, n, gain in found["nothing"]}
+            print(f"seed {seed}, {part}: {time.time() - start:.0f} s, {people.spread}", flush=True)
+        found["curve"] = {
+            method: {int(n): accuracy for n, accuracy in by_n} for method, by_n in found.get("curve", {}).items()
+        }
+        found["nothing"] = {(kind, n): gain for kind, n, gain in found.get("nothing", [])}
         results.append(found)
-    cost = costs(sizes.repeats, *((1, 64) if args.quick else (4, 256)))
-    large = None if args.quick else costs(3, 8, 512, ("gauss-newton",))["gauss-newton"]
-    report(results, sizes, cost, large, adding(3))
+    if "curve" in args.parts:
+        report_curve(results, sizes)
+    if "asking" in args.parts:
+        report_asking(results, sizes)
+    if "nothing" in args.parts:
+        report_nothing(results)
+    if "cost" in args.parts:
+        report_cost(args.quick, sizes.repeats)
 
 
 if __name__ == "__main__":

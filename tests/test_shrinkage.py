@@ -1,19 +1,22 @@
 """Users' own parts after shrinkage, against a world whose tastes are known and a slow calculation without the package's passes."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from helpers import preference_rows, tiny_model, tiny_tokenizer
+from helpers import preference_rows, save_tiny, tiny_model, tiny_tokenizer
 from peft import get_peft_model
 from scipy import optimize, special
 from torch import nn
-from transformers import BertConfig, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, BertConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from trl_sharelora import ShareLoraConfig, add_users, evaluate_users, fit_users, shrink_users, use_users
+from trl_sharelora.cli import main
 from trl_sharelora.errors import ConfigError, DataError, NonFiniteError, UnknownUserError
-from trl_sharelora.new_users import _UserMoves
+from trl_sharelora.new_users import UserSpread, _UserMoves
 from trl_sharelora.sharelora.routing import get_router
 
 
@@ -188,6 +191,48 @@ def test_everything_else_and_everybody_else_stays(tmp_path):
     assert torch.equal(moves.read(c), of_c)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
     assert moves.read([0, 1]).isfinite().all()
+
+
+def test_the_command_and_the_prior_it_hands_on(tmp_path, capsys):
+    base = save_tiny("llama", tmp_path / "base")
+    torch.manual_seed(0)
+    config = ShareLoraConfig(
+        task_type="SEQ_CLS", r=2, target_modules=["q_proj"], users=["a", "b", "c"], init_lora_weights=False
+    )
+    model = get_peft_model(AutoModelForSequenceClassification.from_pretrained(base, num_labels=1), config)
+    folder = tmp_path / "rm"
+    model.save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    rows = [
+        {**row, "split": split}
+        for split, seed in (("train", 1), ("validation", 2))
+        for row in preference_rows(["a", "b", "c"], 45, seed=seed)
+    ]
+    Dataset.from_list(rows).to_json(tmp_path / "rows.jsonl")
+    Dataset.from_list(preference_rows(["new"], 6, seed=3)).to_json(tmp_path / "new.jsonl")
+    here = ["--model_name_or_path", str(folder), "--use_cpu", "--dataset_name"]
+    spread = str(tmp_path / "spread.safetensors")
+    shrink = ["shrink-users", *here, str(tmp_path / "rows.jsonl"), "--dataset_split", "train", "--spread_file", spread]
+    assert main([*shrink, "--validation_split", "validation", "--output_dir", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "3 users, 45 comparisons" in said and "on 45 held out" in said and "trained" in said
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert main(["fit-users", *here, str(tmp_path / "new.jsonl"), "--spread_file", spread]) == 0
+    one, other = UserSpread.load(spread), UserSpread.load(UserSpread.load(spread).save(tmp_path / "again.safetensors"))
+    assert torch.equal(one.directions, other.directions) and one.n_users == other.n_users == 3
+    assert one.explained == other.explained
+    assert main([*shrink, "--scale", "-1"]) == 2 and "scale=-1.0" in capsys.readouterr().err
+    Path(spread).write_bytes(b"torn")
+    assert main(["fit-users", *here, str(tmp_path / "new.jsonl"), "--refit", "--spread_file", spread]) == 2
+    assert "cannot be read as a spread" in capsys.readouterr().err
+
+
+def test_a_spread_of_another_adapter_is_refused():
+    model = linear_model()
+    other = UserSpread(torch.zeros(5), torch.eye(5)[:2], torch.ones(2), 1.0, 9)
+    with pytest.raises(ConfigError, match="5 numbers per user, this adapter has 12"):
+        fit_users(model, world(model, 1.0, 3, users=["eve"]), TOKENIZER, spread=other)
+    assert get_router(model).users.find(["eve"]) == [-1]
 
 
 def test_bad_input():

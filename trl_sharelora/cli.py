@@ -1,5 +1,5 @@
 """`trl-sharelora`: reward | dpo | rloo | grpo | ppo | confidence | calibrate | eval | usage | export | forget | add-users |
-fit-users | subspace | compare | demo | env.
+fit-users | shrink-users | subspace | compare | demo | env.
 
 The first five are training commands: their arguments are those of TRL's scripts (`--config reward.yaml` and so on), and what a
 script does not know goes to `accelerate launch`. The others are ordinary tools. Each command imports what it needs when it runs.
@@ -128,7 +128,36 @@ def make_parser() -> argparse.ArgumentParser:
         help="auto (default) chooses by the number of answers, and shrinks to the common model by what held-out answers say",
     )
     fit_users.add_argument("--refit", action="store_true", help="replace what users have who were trained or fitted")
+    fit_users.add_argument(
+        "--spread_file",
+        metavar="FILE",
+        help="the prior that shrink-users wrote (default: the spread of the trained users)",
+    )
     fit_users.add_argument("--report_dir", metavar="DIR", help="also write new_users.csv there")
+
+    shrink_users = commands.add_parser(
+        "shrink-users",
+        help="put every user's part where his and everybody's comparisons say it should be",
+        description="After a training: learn from all comparisons how much users differ in each direction, and put every user's own part where it is "
+        "most likely under that. Only the users' own parts change, and only if held-out comparisons say it is better.",
+    )
+    _add_model_and_data(shrink_users)
+    shrink_users.add_argument(
+        "--validation_split",
+        metavar="NAME",
+        help="of the same file: choose by these comparisons (default: a fifth of each user's is held out)",
+    )
+    shrink_users.add_argument(
+        "--scale",
+        type=float,
+        metavar="X",
+        help="standard deviation of a margin between users at the start, in log-odds (default: the best of .25, 1, 2, 4)",
+    )
+    shrink_users.add_argument("--steps", type=int, metavar="N", help="EM steps (default: the best of 0 to 8)")
+    shrink_users.add_argument(
+        "--spread_file", metavar="FILE", help="write the prior for newcomers there, for fit-users"
+    )
+    shrink_users.add_argument("--output_dir", metavar="DIR", help="save the adapter there (default: where it was)")
 
     usage = commands.add_parser(
         "usage",
@@ -297,7 +326,7 @@ def main(argv: list[str] | None = None) -> int:
             from .scripts.export import export
 
             export(args)
-        elif args.command in ("add-users", "fit-users"):
+        elif args.command in ("add-users", "fit-users", "shrink-users"):
             from .scripts import new_users
 
             getattr(new_users, args.command.replace("-", "_"))(args)

@@ -29,6 +29,8 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.autograd.function import once_differentiable
 
@@ -65,8 +67,9 @@ MOST_USERS, MOST_NUMBERS = 1024, 2**28
 #   .75: +.082, +.123   -.005, -.003, -.002, -.000
 #   .9:  +.074, +.116   -.001, -.001, -.001, -.000
 # All alike, 1/8 and with tau = 2 too, linearised model, fewer seeds: +.073, +.106 (.064, .101 with .75) and -.025, -.021, -.011, -.003. At 20
-# answers .9 costs half a point (linearised: +.136 and +.131), at 50 nothing (+.154 and +.153).
-COMMON_WEIGHT = 0.9
+# answers .9 costs half a point (linearised: +.136 and +.131), at 50 nothing (+.154 and +.153). So .75: half a point at most for those who are
+# the common model after all, and from .7 to .8 points for everybody else.
+COMMON_WEIGHT = 0.75
 HYPOTHESES = (
     (0.0, 0.0, COMMON_WEIGHT),
     *((a, tau, (1 - COMMON_WEIGHT) / 5) for a, tau in ((0.0, 0.5), (0.0, 1.0), (1.0, 0.0), (1.0, 0.5), (1.0, 1.0))),
@@ -151,6 +154,39 @@ class UserSpread:
     def basis(self) -> torch.Tensor:
         """`(1 + k, entries)`: the mean and `sigma_k d_k`, what the coordinates `(a, y)` of a newcomer multiply."""
         return torch.cat([self.mean[None], self.scales[:, None] * self.directions])
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write it as a safetensors file; it holds no user's row."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {name: getattr(self, name).contiguous().cpu() for name in ("mean", "directions", "scales")}
+        save_file(tensors, target, metadata={"explained": repr(self.explained), "n_users": str(self.n_users)})
+        return target
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "UserSpread":
+        """Read what [`save`] wrote.
+
+        Raises:
+            ConfigError: there is no such file, or it is torn or something else.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in ("mean", "directions", "scales")}
+            return cls(**tensors, explained=float(metadata["explained"]), n_users=int(metadata["n_users"]))
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{os.fspath(path)!r} cannot be read as a spread of users ({type(error).__name__}); give the file that UserSpread.save or "
+                "`trl-sharelora shrink-users --spread_file` wrote."
+            ) from None
+
+    def _check_fits(self, entries: int) -> None:
+        if len(self.mean) != entries:
+            raise ConfigError(
+                f"The spread that came is of {len(self.mean)} numbers per user, this adapter has {entries}: it was made from another one. Take that of "
+                "this adapter, or leave it out."
+            )
 
     def __repr__(self) -> str:
         return f"UserSpread(k={len(self.scales)}, explained={self.explained:.3f}, n_users={self.n_users})"
@@ -860,7 +896,7 @@ def fit_users(
     Raises:
         UserIdError: a user has a move of his own already, without `refit`; or an id is not usable.
         DataError: there are no comparisons, or a row is not one.
-        ConfigError: `"pca"` without trained users, or a setting that is unknown.
+        ConfigError: `"pca"` without trained users, a setting that is unknown, or the spread of another adapter.
         NonFiniteError: a reward or a trained user's row is NaN or infinite.
         PessimismError: the saved confidence sets do not fit the model. In all cases nothing has been changed.
 
@@ -894,6 +930,8 @@ def fit_users(
         if len(others) >= 3 or method == "pca":
             spread = user_spread(scorer.model, [str(scorer.users[row]) for row in _some(others, passes.bank.entries)])
 
+    if spread is not None:
+        spread._check_fits(passes.bank.entries)
     kept_rows, pairs, dropped = _tokenised(comparisons, [place[user_id] for user_id in ids], scorer, max_length)
     fit = _Fit(passes, pairs, len(newcomers), spread, newcomers)
     fit.run(method)

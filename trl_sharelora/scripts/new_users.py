@@ -1,13 +1,15 @@
-"""`trl-sharelora add-users` and `fit-users`: users who arrive after the training."""
+"""`trl-sharelora add-users`, `fit-users` and `shrink-users`: users after the training."""
 
 from argparse import Namespace
 from pathlib import Path
 
 from ..data import load_preferences
 from ..errors import ConfigError, UserIdError
+from ..new_users import UserSpread
 from ..new_users import add_users as add
 from ..new_users import fit_users as fit
 from ..scoring import load_reward_model, read_config
+from ..shrinkage import shrink_users as shrink
 from .confidence import loading_arguments
 
 
@@ -57,6 +59,7 @@ def fit_users(args: Namespace) -> None:
         method=args.method,
         user_column=args.user_column,
         refit=args.refit,
+        spread=UserSpread.load(args.spread_file) if args.spread_file else None,
         batch_size=args.batch_size,
         max_length=args.max_length,
         **loading_arguments(args),
@@ -68,6 +71,35 @@ def fit_users(args: Namespace) -> None:
         result.table.to_csv(path, index=False)
         print(f"The whole table is in {path}")
     print(f"Saved in {args.model_name_or_path}")
+
+
+def shrink_users(args: Namespace) -> None:
+    """Shrink every user's own part as far as all users together say, and save the adapter.
+
+    Args:
+        args (`argparse.Namespace`):
+            The arguments of `trl-sharelora shrink-users`.
+    """
+    validation = None
+    if args.validation_split:
+        validation = load_preferences(args.dataset_name, split=args.validation_split)
+    directory = _directory(args.model_name_or_path)
+    result = shrink(
+        directory,
+        load_preferences(args.dataset_name, split=args.dataset_split),
+        validation=validation,
+        scale=args.scale,
+        steps=args.steps,
+        user_column=args.user_column,
+        batch_size=args.batch_size,
+        max_length=args.max_length,
+        output_dir=args.output_dir,
+        **loading_arguments(args),
+    )
+    print(result)
+    if args.spread_file:
+        print(f"The prior for newcomers is in {result.spread.save(args.spread_file)}")
+    print(f"Saved in {args.output_dir or directory}")
 
 
 def _directory(path: str) -> str:

@@ -1,0 +1,255 @@
+"""What benchmarks/real_data.py compares: linear baselines on frozen features, and LoRA trained by TRL's and by our trainer.
+
+Every method is a function of the training rows and a setting that returns the margin of any rows, so that all are judged in one place.
+"""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import torch
+from peft import LoraConfig
+from torch import nn
+from transformers import AutoModel, AutoTokenizer, BertConfig, PreTrainedModel, PrinterCallback
+from transformers.modeling_outputs import SequenceClassifierOutput
+from trl import RewardConfig, RewardTrainer
+
+from trl_sharelora import ShareLoraConfig, ShareLoraRewardConfig, ShareLoraRewardTrainer, evaluate_users
+from trl_sharelora.empirical_bayes import Comparisons, Prior
+from trl_sharelora.shrinkage import ShrinkageResult, shrink_users
+
+
+START = 0.05  # standard deviation of the offsets that a low-rank basis starts from
+MAX_LENGTH = 256  # tokens of an answer, what the encoder was trained with; the rest is cut off
+
+
+class Rows(NamedTuple):
+    """Comparisons by number: `user`, `chosen`, `rejected` `(n,)` int64, the last two numbers of texts."""
+
+    user: np.ndarray
+    chosen: np.ndarray
+    rejected: np.ndarray
+
+    def of(self, keep: np.ndarray) -> "Rows":
+        return Rows(*(column[keep] for column in self))
+
+
+Margins = Callable[[Rows], np.ndarray]
+
+
+@torch.no_grad()
+def encode(texts: list[str], path: Path, batch_size: int = 32) -> torch.Tensor:
+    """`(texts, hidden + 1)`: the mean over tokens of the encoder's last layer and the log of the length, each entry about 1."""
+    tokenizer, bert = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).eval()
+    tokens = tokenizer(texts, truncation=True, max_length=MAX_LENGTH)["input_ids"]
+    order = sorted(range(len(texts)), key=lambda number: len(tokens[number]))  # little padding
+    features = torch.empty(len(texts), bert.config.hidden_size + 1)
+    for start in range(0, len(texts), batch_size):
+        part = order[start : start + batch_size]
+        batch = tokenizer.pad({"input_ids": [tokens[number] for number in part]}, return_tensors="pt")
+        mask = batch["attention_mask"].unsqueeze(-1)
+        mean = nn.functional.normalize((bert(**batch).last_hidden_state * mask).sum(1), dim=1)
+        features[part] = torch.cat([mean * bert.config.hidden_size**0.5, mask.sum(1).log() - 4], dim=1)
+    return features
+
+
+# -- linear baselines
+
+
+def popularity(rows: Rows, n_texts: int) -> Margins:
+    """The text that was chosen in more of its training comparisons, whoever judged; unknown texts are even."""
+    wins, losses = (np.bincount(column, minlength=n_texts) for column in (rows.chosen, rows.rejected))
+    score = (wins + 1) / (wins + losses + 2)
+    return lambda new: score[new.chosen] - score[new.rejected]
+
+
+def common_head(rows: Rows, features: torch.Tensor, ridge: float) -> torch.Tensor:
+    """The weights `(d,)` of logistic regression on differences of features with a ridge, by Newton's method."""
+    d = (features[rows.chosen] - features[rows.rejected]).double()
+    weights = torch.zeros(d.shape[1], dtype=torch.float64)
+    for _ in range(30):
+        wrong = torch.sigmoid(-d @ weights)
+        hessian = (d * (wrong * (1 - wrong))[:, None]).T @ d + ridge * torch.eye(len(weights), dtype=torch.float64)
+        step = torch.linalg.solve(hessian, d.T @ wrong - ridge * weights)
+        weights += step
+        if step.norm() < 1e-8 * weights.norm():
+            break
+    return weights
+
+
+def linear_margins(common: torch.Tensor, own: torch.Tensor | None, features: torch.Tensor) -> Margins:
+    def margins(rows: Rows) -> np.ndarray:
+        d = features[rows.chosen] - features[rows.rejected]
+        found = d.double() @ common
+        return (found if own is None else found + (d * own[rows.user]).sum(1).double()).numpy()
+
+    return margins
+
+
+def own_offset(rows: Rows, features: torch.Tensor, n_users: int, common: torch.Tensor, tau: float) -> torch.Tensor:
+    """Each user's own weights `(users, d)` beside the common ones, under a ridge `1 / tau^2`: the exact optimum."""
+    d = features[rows.chosen] - features[rows.rejected]
+    prior = Prior(torch.zeros(d.shape[1]), tau * torch.eye(d.shape[1]))
+    problem = Comparisons(d, d.double() @ common, torch.from_numpy(rows.user), n_users)
+    return problem.solve(prior, moments=False)[0] * tau
+
+
+def low_rank(
+    rows: Rows, features: torch.Tensor, n_users: int, common: torch.Tensor, r: int, ridge: float, common_ridge: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Common weights, a basis of `r` heads and the users' weights on them (the form of LoRe), jointly by L-BFGS.
+
+    `ridge / 2` times the squares of the users' weights and of the basis, `common_ridge / 2` of the common head. It starts at the singular
+    vectors of the users' own ridge offsets: from random ones it needs five times the passes and ends in worse optima.
+    """
+    d = (features[rows.chosen] - features[rows.rejected]).float()
+    user = torch.from_numpy(rows.user)
+    left, size, right = torch.linalg.svd(own_offset(rows, features, n_users, common, START), full_matrices=False)
+    basis, weights = right[:r] * size[:r, None].sqrt(), left[:, :r] * size[:r].sqrt()
+    balance = (basis.square().sum() / weights.square().sum()) ** 0.25
+    leaves = [common.float().clone(), (basis / balance).contiguous(), (weights * balance).contiguous()]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    head, basis, weights = leaves
+    optimizer = torch.optim.LBFGS(leaves, max_iter=80, history_size=10, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        margins = d @ head + ((d @ basis.T) * weights[user]).sum(1)
+        total = nn.functional.softplus(-margins).sum() + common_ridge / 2 * head.square().sum()
+        total = total + ridge / 2 * (weights.square().sum() + basis.square().sum())
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    head, basis, weights = (leaf.detach() for leaf in leaves)
+    return head.double(), basis, weights
+
+
+def weights_on_basis(
+    rows: Rows, features: torch.Tensor, n_users: int, head: torch.Tensor, basis: torch.Tensor, ridge: float
+) -> torch.Tensor:
+    """Newcomers' weights on a basis that is there, the exact optimum; as own weights `(users, d)`."""
+    d = features[rows.chosen] - features[rows.rejected]
+    problem = Comparisons(d @ basis.T, d.double() @ head, torch.from_numpy(rows.user), n_users)
+    prior = Prior(torch.zeros(len(basis)), ridge**-0.5 * torch.eye(len(basis)))
+    return problem.solve(prior, moments=False)[0] * ridge**-0.5 @ basis
+
+
+# -- LoRA
+
+
+class TextReward(PreTrainedModel):
+    """A projection of a text's frozen features (the identity at the start) and a linear head, as BERT has a pooler and a classifier.
+
+    Its input is one "token" per text, the text's number: what lies below is frozen, so it need not run again.
+    """
+
+    config_class = BertConfig
+
+    def __init__(self, config: BertConfig, features: torch.Tensor):
+        super().__init__(config)
+        size = features.shape[1]
+        self.features = features  # not a buffer: it is data
+        self.projection = nn.Linear(size, size, bias=False)
+        self.classifier = nn.Linear(size, 1, bias=False)
+        nn.init.eye_(self.projection.weight)
+        nn.init.normal_(self.classifier.weight, std=config.initializer_range)
+
+    def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> SequenceClassifierOutput:
+        return SequenceClassifierOutput(logits=self.classifier(self.projection(self.features[input_ids[:, 0]])))
+
+
+class Trained:
+    """LoRA and ShareLoRA on one file's features, by the ordinary trainers.
+
+    Args:
+        encoder_path (`Path`): Of the encoder, for its tokenizer and config.
+        features (`torch.Tensor` of shape `(texts, d)`): See [`encode`].
+        users (`list[str]`): Their ids, in the order of the rows' numbers.
+    """
+
+    def __init__(self, encoder_path: Path, features: torch.Tensor, users: list[str]):
+        self.tokenizer = AutoTokenizer.from_pretrained(encoder_path)
+        self.config = BertConfig.from_pretrained(encoder_path, num_labels=1)
+        self.features, self.users = features, users
+
+    def dataset(self, rows: Rows) -> datasets.Dataset:
+        columns = {f"{side}_ids": [[text] for text in getattr(rows, side).tolist()] for side in ("chosen", "rejected")}
+        return datasets.Dataset.from_dict({"user_id": [self.users[user] for user in rows.user], **columns})
+
+    def train(self, settings: dict[str, Any], rows: Rows, seed: int) -> PreTrainedModel:
+        """A model trained with TRL's RewardTrainer, or with ours where the settings have a `share`."""
+        torch.manual_seed(seed)
+        adapter = {"r": settings.get("r", 8), "lora_alpha": settings.get("r", 8), "target_modules": ["projection"]}
+        # a small file needs small batches and more epochs: mtbench_human has 23 steps of 64 in one
+        small = len(rows.user) < 5000
+        with tempfile.TemporaryDirectory() as folder:
+            arguments: dict[str, Any] = dict(
+                output_dir=folder,
+                seed=seed,
+                num_train_epochs=settings["epochs"] * (2 if small else 1),
+                learning_rate=settings["learning_rate"],
+                per_device_train_batch_size=64 if small else 512,
+                use_cpu=True,
+                bf16=False,
+                gradient_checkpointing=False,
+                dataloader_pin_memory=False,
+                save_strategy="no",
+                logging_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+            )
+            together: dict[str, Any] = dict(
+                model=TextReward(self.config, self.features),
+                train_dataset=self.dataset(rows),
+                processing_class=self.tokenizer,
+            )
+            if "share" not in settings:
+                trainer = RewardTrainer(
+                    args=RewardConfig(**arguments), peft_config=LoraConfig(task_type="SEQ_CLS", **adapter), **together
+                )
+            else:
+                of_adapter, of_training = (
+                    {name: settings[name] for name in names if name in settings}
+                    for names in (
+                        ("share", "train_common", "personal_head"),
+                        ("learning_rate_shared", "user_weight_decay"),
+                    )
+                )
+                trainer = ShareLoraRewardTrainer(
+                    args=ShareLoraRewardConfig(**arguments, **of_training),
+                    peft_config=ShareLoraConfig(**adapter, **of_adapter),
+                    **together,
+                )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+        return trainer.model
+
+    def margins(self, model: PreTrainedModel) -> Margins:
+        def margins(rows: Rows) -> np.ndarray:
+            if not len(rows.user):
+                return np.empty(0)
+            found = evaluate_users(
+                model, self.dataset(rows), processing_class=self.tokenizer, batch_size=512, unseen="common"
+            )
+            return found.rows["margin"].to_numpy()
+
+        return margins
+
+    def shrink(
+        self, model: PreTrainedModel, rows: Rows, validation: Rows, scale: float | None, steps: int | None
+    ) -> ShrinkageResult:
+        known = np.isin(validation.user, rows.user)
+        return shrink_users(
+            model,
+            self.dataset(rows),
+            self.tokenizer,
+            validation=self.dataset(validation.of(known)),
+            scale=scale,
+            steps=steps,
+            batch_size=512,
+        )

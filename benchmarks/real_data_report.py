@@ -1,0 +1,301 @@
+"""docs/results.md and its pictures, from the figures of benchmarks/real_data.py."""
+
+import json
+import textwrap
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from trl_sharelora import check_data
+from trl_sharelora.evaluation import mean_interval
+
+
+COMMON = ("common head", "common LoRA")
+TITLES = {"seen": "new pairs of known users", "new_items": "known users, new statements or prompts"}
+COLOURS = ("#5f6368", "#9aa0a6", "#7baaf7", "#f29900", "#188038", "#c5221f", "#0b3d91", "#a142f4")
+
+
+class Difference(NamedTuple):
+    """Points of mean accuracy over users, with 95 % Student intervals."""
+
+    mean: float
+    users: tuple[float, float]  # over users, each his mean over seeds
+    seeds: tuple[float, float]  # over seeds; NaN for one
+
+    def __str__(self) -> str:
+        over_seeds = f" [{self.seeds[0]:+.1f}, {self.seeds[1]:+.1f}]" if np.isfinite(self.seeds[0]) else ""
+        return f"{self.mean:+.2f} [{self.users[0]:+.1f}, {self.users[1]:+.1f}]{over_seeds}"
+
+
+class View:
+    """One file asked one question: right answers by method, seed and user.
+
+    Args:
+        results (`list[dict]`): One per seed.
+    """
+
+    def __init__(self, results: list[dict[str, Any]]):
+        self.set, self.view = results[0]["set"], results[0]["view"]
+        self.seeds = len(results)
+        self.rows = results[0]["rows"]
+        self.methods = [name for name in results[0]["methods"] if all(name in one["methods"] for one in results)]
+        self.counts = {name: [one["methods"][name]["test"] for one in results] for name in self.methods}
+        self.validation = {
+            name: float(np.mean([one["methods"][name]["validation"] for one in results])) for name in self.methods
+        }
+        self.settings = {name: results[0]["methods"][name]["settings"] for name in self.methods}
+        self.shared = [name for name in self.methods if name.startswith("ShareLoRA")]
+        self.baselines = [name for name in self.methods if name not in self.shared]
+        self.chosen = max(self.shared, key=self.validation.__getitem__)
+        self.best = max(self.baselines, key=self.accuracy)
+        self.common = max((name for name in COMMON if name in self.methods), key=self.accuracy)
+
+    def by_seed(self, method: str) -> list[dict[str, float]]:
+        return [{user: right / n for user, (right, n) in one.items()} for one in self.counts[method]]
+
+    def accuracy(self, method: str) -> float:
+        return float(np.mean([np.mean(list(one.values())) for one in self.by_seed(method)]))
+
+    def micro(self, method: str) -> float:
+        pairs = [np.sum(list(one.values()), axis=0) for one in self.counts[method]]
+        return float(np.mean([right / n for right, n in pairs]))
+
+    def worst_tenth(self, method: str) -> float:
+        lists = [sorted(one.values()) for one in self.by_seed(method)]
+        return float(np.mean([np.mean(one[: max(1, round(len(one) / 10))]) for one in lists]))
+
+    def interval(self, method: str) -> tuple[float, float]:
+        own = defaultdict(list)
+        for one in self.by_seed(method):
+            for user, accuracy in one.items():
+                own[user].append(accuracy)
+        low, high = mean_interval([float(np.mean(values)) for values in own.values()])
+        return 100 * (low or 0), 100 * (high or 0)
+
+    def difference(self, method: str, other: str) -> Difference:
+        own: dict[str, list[float]] = defaultdict(list)
+        seeds = []
+        for one, two in zip(self.by_seed(method), self.by_seed(other), strict=True):
+            for user in one:
+                own[user].append(100 * (one[user] - two[user]))
+            seeds.append(100 * float(np.mean([one[user] - two[user] for user in one])))
+        over_seeds = mean_interval(seeds)
+        return Difference(
+            float(np.mean(seeds)),
+            mean_interval([float(np.mean(values)) for values in own.values()]),  # type: ignore[arg-type]
+            over_seeds if over_seeds[0] is not None else (np.nan, np.nan),  # type: ignore[arg-type]
+        )
+
+
+def verdict(difference: Difference) -> str:
+    """What the two intervals say together: a difference must be clear over users and over seeds."""
+    low = max(difference.users[0], difference.seeds[0]) if np.isfinite(difference.seeds[0]) else difference.users[0]
+    lows = min(difference.users[0], difference.seeds[0]) if np.isfinite(difference.seeds[0]) else low
+    highs = max(difference.users[1], difference.seeds[1]) if np.isfinite(difference.seeds[0]) else difference.users[1]
+    return "better" if lows > 0 else "worse" if highs < 0 else "level"
+
+
+def table(view: View) -> str:
+    lines = [
+        "| method | validation | accuracy [over users] | micro | worst tenth | over the common model [over users] [over seeds] | setting |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in view.methods:
+        low, high = view.interval(name)
+        mark = " **chosen**" if name == view.chosen else ""
+        gain = "" if name == view.common else str(view.difference(name, view.common))
+        hidden = ("share", "train_common", "personal_head")
+        settings = ", ".join(f"{key} {value:g}" for key, value in view.settings[name].items() if key not in hidden)
+        lines.append(
+            f"| {name}{mark} | {100 * view.validation[name]:.1f} | {100 * view.accuracy(name):.1f} [{low:.1f}, {high:.1f}] | "
+            f"{100 * view.micro(name):.1f} | {100 * view.worst_tenth(name):.1f} | {gain} | {settings} |"
+        )
+    return "\n".join(lines)
+
+
+def summary(views: list[View], gains: dict[str, Any]) -> str:
+    lines = [
+        "| file | question | doctor: something to gain? reached, at most | common model | best baseline, its gain | ShareLoRA, its gain | "
+        "ShareLoRA over the best baseline [over users] [over seeds] | |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for view in views:
+        gain = gains.get(view.set)
+        said = f"{gain['verdict']}: {100 * gain['reached']:+.1f}, {100 * gain['at_most']:.1f}" if gain else ""
+        over = view.difference(view.chosen, view.best)
+        lines.append(
+            f"| {view.set} | {view.view} | {said} | {100 * view.accuracy(view.common):.1f} ({view.common}) | "
+            f"{view.best}, {view.difference(view.best, view.common).mean:+.2f} | "
+            f"{view.chosen.removeprefix('ShareLoRA ')}, {view.difference(view.chosen, view.common)} | {over} | {verdict(over)} |"
+        )
+    return "\n".join(lines)
+
+
+def newcomer_curves(results: list[dict[str, Any]]) -> dict[str, dict[int, list[float]]]:
+    """Mean accuracy over newcomers by method, number of answers and seed."""
+    found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for one in results:
+        for method, by_answers in one["by_answers"].items():
+            for n, counts in by_answers.items():
+                found[method][int(n)].append(100 * float(np.mean([right / total for right, total in counts.values()])))
+    return found
+
+
+def newcomer_losses(results: list[dict[str, Any]], method: str) -> dict[int, tuple[float, tuple[float, float]]]:
+    """Points over the ShareLoRA common model by answers, with a 95 % interval over newcomers of all seeds."""
+    found: dict[int, list[float]] = defaultdict(list)
+    for one in results:
+        common = one["by_answers"]["ShareLoRA, common model"]["0"]
+        for n, counts in one["by_answers"][method].items():
+            found[int(n)] += [100 * (counts[user][0] - common[user][0]) / counts[user][1] for user in counts]
+    return {n: (float(np.mean(values)), mean_interval(values)) for n, values in found.items()}  # type: ignore[misc]
+
+
+def newcomer_table(results: list[dict[str, Any]]) -> str:
+    curves = newcomer_curves(results)
+    answers = sorted({n for by_answers in curves.values() for n in by_answers})
+    lines = ["| method | " + " | ".join(map(str, answers)) + " |", "|---" * (len(answers) + 1) + "|"]
+    for method, by_answers in curves.items():
+        cells = [f"{np.mean(by_answers[n]):.1f}" if n in by_answers else "" for n in answers]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    for method in curves:
+        if method.startswith("ShareLoRA, newcomers"):
+            losses = newcomer_losses(results, method)
+            cells = [
+                f"{losses[n][0]:+.1f} [{losses[n][1][0]:+.1f}, {losses[n][1][1]:+.1f}]" if n in losses else ""
+                for n in answers
+            ]
+            lines.append(
+                f"| {method.removeprefix('ShareLoRA, ')}, over the common model | " + " | ".join(cells) + " |"
+            )
+    return "\n".join(lines)
+
+
+def draw_gains(views: list[View], path: Path) -> None:
+    """One row per file and question: gain of the best baseline and of ShareLoRA over the common model."""
+    figure, axes = plt.subplots(figsize=(7, 0.42 * len(views) + 1.1), constrained_layout=True)
+    for place, view in enumerate(reversed(views)):
+        for shift, name, colour in ((0.15, view.chosen, "#0b3d91"), (-0.15, view.best, "#f29900")):
+            found = view.difference(name, view.common)
+            error = [[found.mean - found.users[0]], [found.users[1] - found.mean]]
+            axes.errorbar(found.mean, place + shift, xerr=error, fmt="o", color=colour, capsize=2, markersize=4)
+    axes.axvline(0, color="#5f6368", linewidth=0.8)
+    labels = [f"{view.set}\n{view.view}" for view in reversed(views)]
+    axes.set_yticks(range(len(views)), labels, fontsize=7)
+    axes.set_xlabel("points of accuracy over the common model (mean over users, 95 % over users)", fontsize=8)
+    for colour, name in (("#0b3d91", "ShareLoRA, chosen on validation"), ("#f29900", "best baseline (by test)")):
+        axes.plot([], [], "o", color=colour, markersize=4, label=name)
+    axes.legend(fontsize=7, loc="lower right", framealpha=0.9)
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def draw_newcomers(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    columns = min(3, len(results))
+    rows = -(-len(results) // columns)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(3.6 * columns, 2.6 * rows + 0.7), squeeze=False, constrained_layout=True
+    )
+    for axes in grid.flat[len(results) :]:
+        axes.axis("off")
+    for axes, (name, of) in zip(grid.flat, results.items(), strict=False):
+        curves = newcomer_curves(of)
+        answers = sorted(next(iter(curves.values())))
+        for colour, (method, by_answers) in zip(COLOURS, curves.items(), strict=False):
+            if method == "alone":
+                continue
+            places = [answers.index(n) for n in sorted(by_answers)]
+            heights = [float(np.mean(by_answers[n])) for n in sorted(by_answers)]
+            if len(places) == 1:
+                axes.axhline(heights[0], color=colour, linestyle=":", linewidth=1, label=method)
+            else:
+                axes.plot(places, heights, "o-", color=colour, markersize=2.5, linewidth=1.2, label=method)
+        axes.set_xticks(range(len(answers)), answers, fontsize=7)
+        axes.tick_params(axis="y", labelsize=7)
+        axes.set_title(f"{name}, {len(of)} seed{'s' * (len(of) > 1)}", fontsize=8)
+        axes.grid(alpha=0.3)
+    handles, labels = grid.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=7)
+    figure.supxlabel("answers of the newcomer", fontsize=8)
+    figure.supylabel("accuracy, mean over newcomers, %", fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def gains_at_most(names: list[str], data_dir: Path, cache: Path) -> dict[str, Any]:
+    """What `check_data` says can be gained on each file; kept in `cache`."""
+    known = json.loads(cache.read_text()) if cache.is_file() else {}
+    for name in names:
+        if name not in known and (path := data_dir / f"{name}.jsonl.gz").is_file():
+            gain = check_data(str(path)).gain
+            fields = ("verdict", "reached", "reached_low", "reached_high", "at_most", "at_most_high")
+            known[name] = {key: getattr(gain, key) for key in fields} if gain and gain.reached is not None else None
+            cache.write_text(json.dumps(known))
+    return known
+
+
+def write(figures: Path, page: Path, data_dir: Path) -> None:
+    """The page and, in `images` beside it, its pictures.
+
+    Args:
+        figures (`Path`): Where benchmarks/real_data.py left its .json files.
+        page (`Path`): The Markdown file.
+        data_dir (`Path`): Of the preference files, for what the doctor says.
+    """
+    found: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for path in sorted(figures.glob("*-[0-9]*.json")):
+        one = json.loads(path.read_text())
+        found[one["set"], one["view"]].append(one)
+    order = sorted({name for name, _ in found}, key=lambda name: (name.split(".")[0], len(name), name))
+    views = [View(found[name, view]) for view in ("seen", "new_items") for name in order if (name, view) in found]
+    newcomers = {name: found[name, "new_users"] for name in order if (name, "new_users") in found}
+    gains = gains_at_most(order, data_dir, figures / "doctor_gains.json")
+    images = page.parent / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    prefix = "results"
+    draw_gains(views, images / f"{prefix}_gains.png")
+    parts = [HEAD.format(seeds=max(view.seeds for view in views)), summary(views, gains), GAINS]
+    if newcomers:
+        draw_newcomers(newcomers, images / f"{prefix}_new_users.png")
+        parts.append(NEWCOMERS)
+        for name, of in newcomers.items():
+            parts.append(f"### {name}: {of[0]['newcomers']} newcomers, {len(of)} seeds\n\n{newcomer_table(of)}")
+    parts.append("## All methods\n\nBest baseline and common model of the first table are picked by test (in their favour), ShareLoRA's form by "
+                 "validation; each method's setting by validation on the first seed.")  # fmt: skip
+    for view in views:
+        counts = ", ".join(f"{name} {n:,}" for name, n in view.rows.items())
+        parts.append(f"### {view.set}, {TITLES[view.view]} ({view.seeds} seeds; seed 0: {counts})\n\n{table(view)}")
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text("\n\n".join(textwrap.dedent(part).strip("\n") for part in parts) + "\n", encoding="utf-8")
+
+
+HEAD = """
+# Preferences of real people
+
+Made by `python benchmarks/real_data.py` (its docstring says what is measured and how; up to {seeds} seeds, each with a split of its own) from the files
+described there; not edited by hand. Base: all-MiniLM-L6-v2, frozen, mean over tokens and log length; LoRA on a projection of these 385
+numbers below a linear head, trained by TRL's RewardTrainer (`common LoRA`) and by ShareLoraRewardTrainer. `ShareLoRA B, shrunk` is
+`share="B"`, `train_common=True` and then `shrink_users`. The linear baselines stand on the same 385 numbers: `popularity` (the text that more
+training comparisons chose), one ridge head, a ridge offset per user, a low-rank basis with user weights (the form of LoRe).
+
+Accuracy in %, mean over users. Intervals are 95 % Student: [over users], each his mean over seeds, paired; and [over seeds], of the mean
+over users. They are about different questions; "better" and "worse" need both. Settings and ShareLoRA's form are chosen on
+validation, test is scored once per seed. "Doctor" is `trl-sharelora data check`: what a simple personal model gains, and the most any could.
+"""
+GAINS = "![Gain over the common model](images/results_gains.png)"
+NEWCOMERS = """
+## Users who were not in the training
+
+Accuracy by number of the newcomer's own answers. `fit_users` with the spread of the trained bank, and with the prior that `shrink_users` learned from
+all users; intervals over the newcomers of all seeds. Linear methods get the settings chosen for known users.
+
+![Accuracy of newcomers](images/results_new_users.png)
+"""
