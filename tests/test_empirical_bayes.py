@@ -100,6 +100,31 @@ def test_em_finds_the_directions_users_differ_in():
     assert error(steps[-1]) < 0.8 * min(error(steps[0]), (own**2).sum(1).mean())
 
 
+@pytest.mark.parametrize("tau", [0.2, 5.0])
+def test_many_answers_of_each_user_do_not_make_it_swing(tau):
+    """Then plain EM is there in one step, and twice the step would go from far too small to far too large and back."""
+    x, offset, user, own = people(60, 200, 3, np.eye(3))
+    steps = list(learn_prior(comparisons(x, offset, user, 60), tau=tau, steps=6))
+    evidence = [step.evidence for step in steps]
+    assert all(after > before - 0.5 for before, after in zip(evidence[1:], evidence[2:], strict=False))
+    values = np.linalg.eigvalsh((steps[-1].prior.root @ steps[-1].prior.root.T).double().numpy())
+    truth = np.linalg.eigvalsh(own.T @ own / 60)
+    np.testing.assert_allclose(values, truth, rtol=0.25)
+
+
+def test_the_mean_is_found_from_far_away():
+    draw = np.random.default_rng(0)
+    x, offset = draw.standard_normal((400, 3)), np.full(400, 12.0)
+    x, offset = np.concatenate([x, draw.standard_normal((20, 3))]), np.concatenate([offset, np.full(20, -12.0)])
+    problem = comparisons(x, offset, np.zeros(420, dtype=int), 1)
+    mean = problem.refit_mean(torch.zeros(3), torch.zeros(1, 3), ridge=0.1, steps=30)
+
+    def loss(w):
+        return -special.log_expit(offset + x @ w).sum() + 0.05 * w @ w
+
+    assert loss(mean.double().numpy()) == pytest.approx(optimize.minimize(loss, np.zeros(3)).fun, rel=1e-3)
+
+
 def test_users_who_are_alike_stay_alike():
     x, offset, user, own = people(200, 12, 6, np.zeros((6, 1)))
     steps = list(learn_prior(comparisons(x, offset, user, 200), tau=0.5, steps=10))

@@ -15,8 +15,10 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from trl_sharelora import ShareLoraConfig, add_users, evaluate_users, fit_users, shrink_users, use_users
 from trl_sharelora.cli import main
+from trl_sharelora.confidence import fit_confidence
 from trl_sharelora.errors import ConfigError, DataError, NonFiniteError, UnknownUserError
 from trl_sharelora.new_users import UserSpread, _UserMoves
+from trl_sharelora.scoring import load_reward_model
 from trl_sharelora.sharelora.routing import get_router
 
 
@@ -193,6 +195,17 @@ def test_everything_else_and_everybody_else_stays(tmp_path):
     assert moves.read([0, 1]).isfinite().all()
 
 
+def test_a_user_without_a_usable_comparison_keeps_his_row():
+    model = linear_model()
+    moves = _UserMoves(model)
+    moves.write(29, torch.full((moves.entries,), 0.01))
+    rows = [row for row in world(model, 2.0, 12) if row["user_id"] != "user29"]
+    useless = [{"user_id": "user29", "chosen_ids": [1] * 5, "rejected_ids": [2]}] * 3
+    result = shrink_users(model, Dataset.from_list(rows + useless), TOKENIZER, max_length=4)
+    assert result.n_users == 29 and result.dropped == 3
+    assert torch.equal(moves.read([29])[0], torch.full((moves.entries,), 0.01))
+
+
 def test_the_command_and_the_prior_it_hands_on(tmp_path, capsys):
     base = save_tiny("llama", tmp_path / "base")
     torch.manual_seed(0)
@@ -203,6 +216,7 @@ def test_the_command_and_the_prior_it_hands_on(tmp_path, capsys):
     folder = tmp_path / "rm"
     model.save_pretrained(folder)
     TOKENIZER.save_pretrained(folder)
+    fit_confidence(str(folder), Dataset.from_list(preference_rows(["a", "b", "c"], 30)), device="cpu")
     rows = [
         {**row, "split": split}
         for split, seed in (("train", 1), ("validation", 2))
@@ -216,7 +230,10 @@ def test_the_command_and_the_prior_it_hands_on(tmp_path, capsys):
     assert main([*shrink, "--validation_split", "validation", "--output_dir", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     assert "3 users, 45 comparisons" in said and "on 45 held out" in said and "trained" in said
-    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    load_reward_model(str(tmp_path / "out"), device="cpu")  # with its tokenizer
+    assert (folder / "confidence").is_dir()  # nothing was written there
+    assert main([*shrink, "--scale", "1", "--steps", "0"]) == 0
+    assert not (folder / "confidence").exists()  # they were of other parts
     assert main(["fit-users", *here, str(tmp_path / "new.jsonl"), "--spread_file", spread]) == 0
     one, other = UserSpread.load(spread), UserSpread.load(UserSpread.load(spread).save(tmp_path / "again.safetensors"))
     assert torch.equal(one.directions, other.directions) and one.n_users == other.n_users == 3

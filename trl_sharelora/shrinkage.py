@@ -5,14 +5,17 @@ users and directions. [`shrink_users`] puts every user's part where it is most l
 direction, which it learns from all of them (trl_sharelora/empirical_bayes.py). B, A_0, the head and the base stay as they were trained.
 
 Everything is of the reward linearised at the common model, D = 0: exact where the adapted layer feeds a linear head (share="B" or "A" on the
-last layer), an approximation elsewhere. So what is written is checked with the real model on held-out comparisons, and what did better there stays.
+last layer), an approximation elsewhere. So what is written is checked with the real model on held-out comparisons, and with `validation=` what did better there
+stays.
 """
 
 import logging
 import math
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 
-from .confidence import _open
+from .confidence import CONFIDENCE_FOLDER, _open
 from .data import check_preference_rows
 from .empirical_bayes import Comparisons, Prior, Step, learn_prior
 from .errors import ConfigError, DataError, NonFiniteError
@@ -38,6 +41,7 @@ STEPS = 8
 DIRECTIONS, SAMPLE = 512, 2048
 # Handed to newcomers: of 8, 32 and 64 the last did best from 50 answers on (Polis), and a fit takes .02 s in 64, 1 s in 382.
 SPREAD_DIRECTIONS = 64
+CAPTURED = 0.8  # of the squared gradients; below it there is a warning
 TEMPERATURES = (0.1, 0.2, 0.35, 0.5, 0.7, 1.0)
 EVERY = 5  # without validation comparisons, each fifth of a user's own is held out
 
@@ -58,6 +62,8 @@ class ShrinkageResult:
             `scale`, `steps`, `accuracy`, `log_likelihood`, `evidence` of everything tried, by the linearised model.
         spread ([`~trl_sharelora.new_users.UserSpread`]):
             How users differ: the prior for newcomers, `fit_users(..., spread=result.spread)`.
+        captured (`float`):
+            Share of the squared length of gradients in the directions that were looked at, on comparisons they were not found from.
         n (`int`), n_users (`int`), dropped (`int`), held_out (`int`):
             Comparisons and users fitted, comparisons left out because they are too long or cannot be tokenised, comparisons held out to choose.
     """
@@ -68,6 +74,7 @@ class ShrinkageResult:
     table: pd.DataFrame
     candidates: pd.DataFrame = field(repr=False)
     spread: UserSpread
+    captured: float
     n: int
     n_users: int
     dropped: int
@@ -80,7 +87,7 @@ class ShrinkageResult:
             + (f", {self.dropped} dropped" if self.dropped else "")
             + "; on "
             f"{self.held_out} held out:\n{shown}\nin the model now: {self.chosen} (of the shrunk: scale {self.scale:g}, {self.steps} steps, "
-            f"{len(self.spread.scales)} directions)"
+            f"{100 * self.captured:.0f} % of the gradients looked at)"
         )
 
 
@@ -100,7 +107,9 @@ def shrink_users(
 ) -> ShrinkageResult:
     """Put every user's own part where it is most likely under the differences between users, learned from all of them by EM.
 
-    Two forward and backward passes over the comparisons and a few seconds of linear algebra. Users without a comparison here keep their rows.
+    A forward and backward pass over a sample of the comparisons, one over all, one over those held out and up to three forwards of these; the rest is linear
+    algebra on the host. Users without a usable comparison here keep their rows. Saved confidence sets are of the former parts, so they are removed
+    from the directory, with a warning.
 
     Args:
         model_or_path ([`~peft.PeftModel`], `str` or `os.PathLike`):
@@ -125,7 +134,7 @@ def shrink_users(
         max_length (`int`, *optional*):
             Comparisons with a longer text are dropped and counted; by default those beyond the model's positions are.
         output_dir (`str` or `os.PathLike`, *optional*):
-            Where to save the model, if not in `model_or_path`.
+            Where to save the model and its tokenizer, if not in `model_or_path`.
         **loading:
             See [`~trl_sharelora.scoring.load_reward_model`].
 
@@ -143,12 +152,16 @@ def shrink_users(
     fit_users(trainer.model, answers_of_newcomers, tokenizer, spread=result.spread)
     ```
     """
-    if scale is not None and not (scale > 0 and math.isfinite(scale)):
+    if scale is not None and (
+        isinstance(scale, bool) or not isinstance(scale, (int, float)) or not (scale > 0 and math.isfinite(scale))
+    ):
         raise ConfigError(f"scale={scale!r} came; a finite standard deviation above 0, in log-odds, is needed.")
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 0):
         raise ConfigError(f"steps={steps!r} came; a whole number of at least 0 is needed.")
     scorer, path = _open(model_or_path, processing_class, batch_size, loading)
     directory = os.fspath(output_dir) if output_dir is not None else path
+    if output_dir is None and directory is not None and not Path(directory).is_dir():
+        raise ConfigError(f"{directory!r} is no directory here, so nothing can be saved in it; give output_dir=...")
     passes = _Passes(scorer)
     names: list[str] = []
 
@@ -164,10 +177,13 @@ def shrink_users(
         return pairs, sum(dropped)
 
     pairs, dropped = read(comparisons, "training")
+    some = pairs.user.unique()  # sorted; of whose comparisons none can be used, he keeps his row
+    names = [names[user] for user in some.tolist()]
+    pairs.user = torch.searchsorted(some, pairs.user)
     users = len(names)
-    if not len(pairs.user) or len(pairs.user.unique()) < 2:
+    if users < 2:
         raise DataError(
-            f"{len(pairs.user)} usable comparisons of {len(pairs.user.unique())} users came; what users have in common can be told from two users "
+            f"{len(pairs.user)} usable comparisons of {users} users came; what users have in common can be told from two users "
             "at least, better from twenty. Nothing has been changed."
         )
     own_validation = validation is not None
@@ -179,7 +195,7 @@ def shrink_users(
                 "No usable validation comparison is of a user with training comparisons. Nothing has been changed."
             )
         dropped += more_dropped
-    basis = _directions(passes, pairs)
+    basis, captured = _directions(passes, pairs)
     margins, features = _linearised(passes, pairs, basis)
     if own_validation:
         held_margins, held_features = _linearised(passes, held, basis)
@@ -204,9 +220,8 @@ def shrink_users(
     tried: list[dict[str, float]] = []
     best: tuple[float, float, Step] | None = None
     for one in scales:
-        for step in _steps(fit, one / size, most):
-            if steps is not None and step.number != steps:
-                continue
+        states = _steps(fit, one / size, most)
+        for step in states if steps is None else list(states)[-1:]:
             accuracy, likelihood = _judged(
                 held_margins + (held_features * step.users[held.user]).sum(1).double(), held.user
             )
@@ -222,41 +237,84 @@ def shrink_users(
             if best is None or likelihood > best[0]:
                 best = likelihood, one, step
     if best is None:
-        raise NonFiniteError("The evidence is NaN at every scale. Nothing has been changed.")
+        raise NonFiniteError(
+            "The evidence is no number at any scale: margins or gradients are too large for it. Has the training diverged? Nothing has been changed."
+        )
     _, scale, step = best
 
-    moves = {"common": torch.zeros(users, passes.bank.entries), "shrunk": step.users @ basis.cpu()}
-    if own_validation:
-        rows = scorer.users.index(names)
-        moves["trained"] = torch.cat([passes.bank.read(rows[at : at + 64]).cpu() for at in range(0, users, 64)])
+    rows = scorer.users.index(names)
+    shrunk = step.users
+    ways: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "common": lambda some: basis.new_zeros(len(some), passes.bank.entries),
+        "trained": lambda some: passes.bank.read([rows[user] for user in some.tolist()]),
+        "shrunk": lambda some: shrunk[some].to(basis) @ basis,
+    }
     lines = []
-    for state in ("common", "trained", "shrunk"):
-        if state in moves:
-            accuracy, likelihood = _judged(passes.margins(held, moves[state].to(scorer.device)), held.user)
+    for state, moves in ways.items():
+        if state != "trained" or own_validation:
+            accuracy, likelihood = _judged(_margins(passes, held, moves), held.user)
             lines.append({"state": state, "accuracy": accuracy, "log_likelihood": likelihood})
     table = pd.DataFrame(lines)
     chosen = str(table.loc[table["log_likelihood"].idxmax(), "state"])
-    if not own_validation:  # the held-out comparisons count too, now that nothing is chosen by them any more
-        *_, step = _steps(Comparisons(features, margins, pairs.user, users), scale / size, step.number)
-        moves["shrunk"] = step.users @ basis.cpu()
+    if not own_validation:
+        logger.warning(
+            "The held-out fifths were in the training, so the common part fits them too well, and what the model came with could not be judged and is "
+            "replaced. Give validation= to be safe."
+        )
+        # they count too, now that nothing is chosen by them any more
+        for again in _steps(Comparisons(features, margins, pairs.user, users), scale / size, step.number):
+            step, shrunk = again, again.users
     if chosen != "trained":
-        for row, move in zip(scorer.users.index(names), moves[chosen], strict=True):
-            passes.bank.write(row, move)
+        for user, row in enumerate(rows):
+            passes.bank.write(row, ways[chosen](torch.tensor([user]))[0])
     if directory is not None:
-        scorer.model.save_pretrained(directory)
+        _save(scorer, directory, directory != path, chosen != "trained")
     result = ShrinkageResult(
         chosen, scale, step.number, table, pd.DataFrame(tried), _as_spread(step.prior, basis, users),
-        len(pairs.user), users, dropped, len(held.user),
+        captured, len(pairs.user), users, dropped, len(held.user),
     )  # fmt: skip
     for line in str(result).splitlines():
         logger.info(line)
     return result
 
 
+def _margins(passes: _Passes, held: _Pairs, moves: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Of the real model, some users at a time: all their moves may not fit into the memory."""
+    margins = torch.empty(len(held.user), dtype=torch.float64)
+    for some in held.user.unique().split(max(1, min(256, MOST_NUMBERS // 4 // passes.bank.entries))):
+        own = torch.isin(held.user, some)
+        part = held.of(own)
+        part.user = torch.searchsorted(some, part.user)
+        margins[own] = passes.margins(part, moves(some).to(passes.scorer.device))
+    return margins
+
+
+def _save(scorer: Any, directory: str, elsewhere: bool, changed: bool) -> None:
+    scorer.model.save_pretrained(directory)
+    if elsewhere:
+        scorer.processing_class.save_pretrained(directory)
+    confidence = Path(directory, CONFIDENCE_FOLDER)
+    if changed and confidence.is_dir():
+        # features depend on the users' parts: sets of other ones would be wrong and nothing would show it
+        shutil.rmtree(confidence)
+        logger.warning(
+            "The confidence sets in %s were of the users' former parts and are removed; run fit_confidence (trl-sharelora confidence) again.",
+            confidence,
+        )
+
+
 def _steps(fit: Comparisons, tau: float, steps: int) -> Iterator[Step]:
-    """EM until the evidence is no number any more or falls: then a step was too long, and what came before it stands."""
+    """EM until the evidence is no number any more or falls: what came before it stands."""
     before = -math.inf
-    for step in learn_prior(fit, tau, steps):
+    states = learn_prior(fit, tau, steps)
+    while True:
+        try:
+            step = next(states)
+        except StopIteration:
+            return
+        except torch.linalg.LinAlgError:
+            logger.warning("EM stopped: a covariance is singular or no number.")
+            return
         if not math.isfinite(step.evidence) or step.evidence < before - 1e-3 * abs(before):
             logger.warning(
                 "EM stopped after %d steps: the evidence fell from %.1f to %.1f.",
@@ -269,18 +327,33 @@ def _steps(fit: Comparisons, tau: float, steps: int) -> Iterator[Step]:
         yield step
 
 
-def _directions(passes: _Passes, pairs: _Pairs) -> torch.Tensor:
-    """`(k, entries)`, orthonormal: the directions in which the comparisons' gradients at D = 0 are large."""
+def _directions(passes: _Passes, pairs: _Pairs) -> tuple[torch.Tensor, float]:
+    """`(k, entries)`, orthonormal: the directions in which the comparisons' gradients at D = 0 are large; and their share of the squared length of
+    gradients that they were not found from."""
     n, entries = len(pairs.user), passes.bank.entries
-    some = np.random.default_rng(0).permutation(n)[: max(64, min(SAMPLE, MOST_NUMBERS // entries))]
+    sample = torch.from_numpy(np.random.default_rng(0).permutation(n)[: max(64, min(SAMPLE, MOST_NUMBERS // entries))])
     keep = torch.zeros(n, dtype=torch.bool)
-    keep[torch.from_numpy(some)] = True
+    keep[sample] = True
     _, gradients = _linearised(passes, pairs.of(keep), None)
-    values, vectors = torch.linalg.eigh(_gram(gradients))
+    unseen = (
+        torch.arange(len(gradients)) % 8 == 7
+        if len(gradients) >= 64
+        else torch.zeros(len(gradients), dtype=torch.bool)
+    )
+    used = gradients[~unseen]
+    values, vectors = torch.linalg.eigh(_gram(used))
     large = values > 1e-6 * values[-1].clamp(min=1e-30)
     vectors = vectors[:, large].flip(1)[:, :DIRECTIONS] if bool(values[-1] > 0) else vectors[:, -1:]
-    directions = vectors.T.float() @ gradients
-    return torch.linalg.qr(directions.T)[0].T.contiguous().to(passes.scorer.device)
+    basis = torch.linalg.qr((vectors.T.float() @ used).T)[0].T.contiguous()
+    total = float(gradients[unseen].square().sum())
+    captured = float((gradients[unseen] @ basis.T).square().sum()) / total if total else 1.0
+    if captured < CAPTURED:
+        logger.warning(
+            "The %d directions that fit into the memory hold %.0f %% of the comparisons' gradients; what users differ in beside them is lost.",
+            len(basis),
+            100 * captured,
+        )
+    return basis.to(passes.scorer.device), captured
 
 
 def _linearised(passes: _Passes, pairs: _Pairs, basis: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
