@@ -4,7 +4,7 @@
     python benchmarks/new_users.py              # 5 seeds; 12 newcomers each; about half an hour on two cores
 
 A world of the demo (40 users with 100 comparisons each, tastes that differ in a space of two dimensions which no method is told, noisy
-answers) trains a reward model with ShareLoraRewardTrainer, share="B" and train_common=True as the demo does. Then newcomers come, whom no training has seen: same world, other
+answers) trains a reward model with ShareLoraRewardTrainer, share="B". Then newcomers come, whom no training has seen: same world, other
 mixtures of taste, questions and pairs of their own. Accuracy is on held-out answers of theirs, each newcomer counts the same; intervals are 95 %
 Student over seeds.
 
@@ -443,7 +443,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one small seed, to see that everything runs")
     parser.add_argument("--seeds", type=int, default=5, metavar="N")
     parser.add_argument("--first_seed", type=int, default=0, metavar="N")
-    parser.add_argument("--frozen_common", action="store_true", help="A_0 stays as drawn (the paper's form)")
+    parser.add_argument("--train_common", action="store_true", help="the reward model also trains A_0")
     parser.add_argument(
         "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure; what is there is kept"
     )
@@ -462,7 +462,7 @@ def main() -> None:
     print(common.machine())
     results = []
     for seed in range(args.first_seed, args.first_seed + (1 if args.quick else args.seeds)):
-        name = f"{'quick' if args.quick else 'seed'}{seed}{'-frozen' if args.frozen_common else ''}"
+        name = f"{'quick' if args.quick else 'seed'}{seed}{'-common' if args.train_common else ''}"
         folder = Path(args.output_dir, name)
         kept = folder / "result.json"
         found = json.loads(kept.read_text()) if kept.is_file() else {}
@@ -470,7 +470,7 @@ def main() -> None:
         people = None
         for part in [part for part in args.parts if part not in found and part != "cost"]:
             if people is None:
-                model = train(folder, sizes, seed, not args.frozen_common)
+                model = train(folder, sizes, seed, args.train_common)
                 people = Newcomers(model, sizes, seed)
                 found |= {"best": people.best, "seen": json.loads((model / "seen.json").read_text())["accuracy"]}
             if part == "curve":

@@ -18,7 +18,9 @@ Three questions are asked of each file:
 - `new_users`: a quarter of the users (100 at most) are not in the training and give 0 to 100 answers.
 
 Of each method's few settings (in TRIALS) the one with the best mean accuracy over users on validation is taken, on the first seed, for all
-seeds; test is scored once per seed with it. polis_bowling_green takes the settings of its subset polis_bowling_green.300.
+seeds; test is scored once per seed with it. polis_bowling_green takes the settings of its subset polis_bowling_green.300. What is not a setting:
+`shrink_users` decides on each seed's validation whether it changes the model at all. Splits of other seeds overlap: a test row of one may have been a
+validation row of the first, by which settings were chosen, and newcomers' settings are those of known users, chosen on validation rows of all.
 """
 
 import argparse
@@ -28,6 +30,7 @@ import importlib.resources
 import json
 import logging
 import os
+import subprocess
 import sys
 import time
 import warnings
@@ -89,12 +92,13 @@ TRIALS: dict[str, list[dict[str, Any]]] = {
     "ShareLoRA B, shrunk": [
         {**SHARED, **B_COMMON, **short, "scale": None, "steps": None}
         for short in ({}, {"epochs": 1, "learning_rate_shared": 1e-3})
-    ],
+    ]
+    + [{"start": "common LoRA", "scale": None, "steps": None}],
 }
 SHRUNK = "ShareLoRA B, shrunk"
-# What takes long and has shown to be worse on the subsets is left out of the full files.
+# What takes long and is worse on polis_bowling_green.300, mtbench_human and ukpconvarg.small is left out of the others.
 SLOW = ("LoRA per user", "ShareLoRA B (paper)", "ShareLoRA B, A_0 trained", "ShareLoRA A, B_0 trained")
-LEFT_OUT = {"polis_bowling_green": SLOW, "ukpconvarg": SLOW}
+LEFT_OUT = {"polis_bowling_green": SLOW, "polis_bowling_green.small": SLOW, "ukpconvarg": SLOW}
 ANSWERS = (0, 1, 2, 5, 10, 20, 50, 100)
 MOST_NEWCOMERS = 100
 
@@ -190,6 +194,15 @@ def macro(found: dict[str, tuple[float, int]]) -> float:
     return float(np.mean([right / n for right, n in found.values()])) if found else float("nan")
 
 
+def base_of(
+    file: File, settings: dict[str, Any], of_others: dict[str, dict], train: Rows, seed: int
+) -> transformers.PreTrainedModel:
+    """A trained model; with `start` the common LoRA of this seed, given a row per user."""
+    if "start" in settings:
+        return file.trained.as_sharelora(file.trained.train(of_others[settings["start"]], train, seed))
+    return file.trained.train(settings, train, seed)
+
+
 class Known:
     """All methods on one split of known users.
 
@@ -227,7 +240,7 @@ class Known:
                 self.settings["common head"]["ridge"],
             )
             return ways.linear_margins(head, weights @ basis, file.features)
-        model = file.trained.train(settings, train, self.seed)
+        model = base_of(file, settings, self.settings, train, self.seed)
         if method == SHRUNK:
             result = file.trained.shrink(model, train, self.parts["validation"], settings["scale"], settings["steps"])
             print(f"      {result}".replace("\n", "\n      "), flush=True)
@@ -280,8 +293,10 @@ def newcomers(file: File, seed: int, settings: dict[str, dict]) -> dict[str, Any
     of_basis = settings["low-rank basis + user weights"]
     head, basis, _ = ways.low_rank(train, file.features, file.n_users, common, of_basis["r"], of_basis["ridge"], ridge)
     pooled = file.trained.margins(file.trained.train(settings["common LoRA"], train, seed))
-    model = file.trained.train(settings[SHRUNK], train, seed)
-    spreads = {"ShareLoRA, newcomers by the bank's spread": user_spread(model)}
+    model = base_of(file, settings[SHRUNK], settings, train, seed)
+    # a common LoRA with a row per user has no spread before shrink_users
+    moved = "start" not in settings[SHRUNK]
+    spreads = {"ShareLoRA, newcomers by the bank's spread": user_spread(model)} if moved else {}
     result = file.trained.shrink(
         model, train, known["validation"], settings[SHRUNK]["scale"], settings[SHRUNK]["steps"]
     )
@@ -326,6 +341,19 @@ def newcomers(file: File, seed: int, settings: dict[str, dict]) -> dict[str, Any
     return {"by_answers": found, "newcomers": len(new)}
 
 
+def commit() -> str:
+    """Of this repository, "+" if files differ from it; "unknown" where there is none."""
+    try:
+        where = ["git", "-C", str(Path(__file__).resolve().parent)]
+        name = subprocess.run(
+            [*where, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout
+        changed = subprocess.run([*where, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return name.strip() + ("+" if changed.strip() else "")
+
+
 def runs(args: argparse.Namespace, names: tuple[str, ...]) -> Iterator[tuple[str, str, int, Path]]:
     """What is to be measured and where it goes, every seed's first views first."""
     for name in names:
@@ -353,6 +381,7 @@ def main() -> int:
     )
     parser.add_argument("--no-report", action="store_true", help="measure only")
     args = parser.parse_args()
+    args.methods = [name for name in TRIALS if name in args.methods or name in ("common head", "common LoRA")]
     names = tuple(args.sets) or (QUICK if args.quick else SETS)
     args.seeds = args.seeds or (2 if args.quick else 5)
     if args.quick:
@@ -391,6 +420,7 @@ def main() -> int:
         settings = {method: one["settings"] for method, one in chosen.items()}
         print(f"{name}, {view}, seed {seed}", flush=True)
         result |= {"set": name, "view": view, "seed": seed}
+        result["commits"] = sorted({*result.get("commits", []), commit()})
         if view == "new_users":
             if not settings:
                 print(f"  not measured: it takes the settings of {of.name}, which is not there yet")

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, BertConfig, PreTrainedModel, PrinterCallback
 from transformers.modeling_outputs import SequenceClassifierOutput
 from trl import RewardConfig, RewardTrainer
 
-from trl_sharelora import ShareLoraConfig, ShareLoraRewardConfig, ShareLoraRewardTrainer, evaluate_users
+from trl_sharelora import ShareLoraConfig, ShareLoraRewardConfig, ShareLoraRewardTrainer, evaluate_users, warm_start
 from trl_sharelora.empirical_bayes import Comparisons, Prior
 from trl_sharelora.shrinkage import ShrinkageResult, shrink_users
 
@@ -109,12 +109,15 @@ def low_rank(
     user = torch.from_numpy(rows.user)
     left, size, right = torch.linalg.svd(own_offset(rows, features, n_users, common, START), full_matrices=False)
     basis, weights = right[:r] * size[:r, None].sqrt(), left[:, :r] * size[:r].sqrt()
-    balance = (basis.square().sum() / weights.square().sum()) ** 0.25
+    balance = (basis.square().sum() / weights.square().sum().clamp(min=1e-12)).clamp(min=1e-12) ** 0.25
     leaves = [common.float().clone(), (basis / balance).contiguous(), (weights * balance).contiguous()]
     for leaf in leaves:
         leaf.requires_grad_()
     head, basis, weights = leaves
-    optimizer = torch.optim.LBFGS(leaves, max_iter=80, history_size=10, line_search_fn="strong_wolfe")
+    # the loss is of the order of 1e4; where the basis goes to zero nothing is left to improve, and a line search there only overflows
+    optimizer = torch.optim.LBFGS(
+        leaves, max_iter=80, history_size=10, tolerance_grad=1e-2, tolerance_change=1e-7, line_search_fn="strong_wolfe"
+    )
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
@@ -228,6 +231,18 @@ class Trained:
             trainer.remove_callback(PrinterCallback)
             trainer.train()
         return trainer.model
+
+    def as_sharelora(self, lora: PreTrainedModel) -> PreTrainedModel:
+        """The common LoRA as the start of all users: the same model, with a row for each of them."""
+        torch.manual_seed(0)
+        config = ShareLoraConfig(
+            task_type="SEQ_CLS", share="B", r=8, lora_alpha=8, target_modules=["projection"], users=self.users
+        )
+        model = get_peft_model(TextReward(self.config, self.features), config)
+        with tempfile.TemporaryDirectory() as folder:
+            lora.save_pretrained(folder)
+            warm_start(model, folder, check_base=False)
+        return model.eval()
 
     def margins(self, model: PreTrainedModel) -> Margins:
         def margins(rows: Rows) -> np.ndarray:
