@@ -90,10 +90,9 @@ TRIALS: dict[str, list[dict[str, Any]]] = {
     ],
     "ShareLoRA AB": [{**SHARED, "share": "AB", "learning_rate": 5e-2, "user_weight_decay": 3.0}],
     "ShareLoRA B, shrunk": [
-        {**SHARED, **B_COMMON, **short, "scale": None, "steps": None}
-        for short in ({}, {"epochs": 1, "learning_rate_shared": 1e-3})
+        {**SHARED, **B_COMMON, **short} for short in ({}, {"epochs": 1, "learning_rate_shared": 1e-3})
     ]
-    + [{"start": "common LoRA", "scale": None, "steps": None}],
+    + [{"start": "common LoRA"}],
 }
 SHRUNK = "ShareLoRA B, shrunk"
 # What takes long and is worse on polis_bowling_green.300, mtbench_human and ukpconvarg.small is left out of the others.
@@ -242,9 +241,9 @@ class Known:
             return ways.linear_margins(head, weights @ basis, file.features)
         model = base_of(file, settings, self.settings, train, self.seed)
         if method == SHRUNK:
-            result = file.trained.shrink(model, train, self.parts["validation"], settings["scale"], settings["steps"])
+            result = file.trained.shrink(model, train, self.parts["validation"], settings)
             print(f"      {result}".replace("\n", "\n      "), flush=True)
-            settings.update(scale=result.scale, steps=result.steps)
+            settings.update(scale=result.scale, steps=result.steps, mean=result.mean)
         return file.trained.margins(model)
 
     def run(self, methods: list[str]) -> dict[str, Any]:
@@ -297,9 +296,7 @@ def newcomers(file: File, seed: int, settings: dict[str, dict]) -> dict[str, Any
     # a common LoRA with a row per user has no spread before shrink_users
     moved = "start" not in settings[SHRUNK]
     spreads = {"ShareLoRA, newcomers by the bank's spread": user_spread(model)} if moved else {}
-    result = file.trained.shrink(
-        model, train, known["validation"], settings[SHRUNK]["scale"], settings[SHRUNK]["steps"]
-    )
+    result = file.trained.shrink(model, train, known["validation"], settings[SHRUNK])
     print(f"      {result}".replace("\n", "\n      "), flush=True)
     spreads["ShareLoRA, newcomers by the learned prior"] = result.spread
     add_users(model, [file.users[user] for user in new])
@@ -414,9 +411,16 @@ def main() -> int:
         if file is None or file.name != name:
             file = File(args.data_dir / f"{name}.jsonl.gz", encoder_path)
         start = time.perf_counter()
-        # of the set whose settings count: chosen there on the first seed
-        of = args.output_dir / f"{SETTINGS_OF.get(name, name)}-{'new_items' if view == 'new_items' else 'seen'}-0.json"
+        # the settings chosen on the first seed, of this file or of its subset; of the latter not how much to shrink
+        asked = "new_items" if view == "new_items" else "seen"
+        of, inherited = args.output_dir / f"{name}-{asked}-0.json", False
+        if not of.is_file() or name in SETTINGS_OF and SHRUNK not in json.loads(of.read_text())["methods"]:
+            of, inherited = args.output_dir / f"{SETTINGS_OF.get(name, name)}-{asked}-0.json", True
         chosen = json.loads(of.read_text())["methods"] if of.is_file() else {}
+        if inherited and SHRUNK in chosen:
+            own = ("scale", "steps", "mean")
+            kept = {key: value for key, value in chosen[SHRUNK]["settings"].items() if key not in own}
+            chosen[SHRUNK]["settings"] = kept
         settings = {method: one["settings"] for method, one in chosen.items()}
         print(f"{name}, {view}, seed {seed}", flush=True)
         result |= {"set": name, "view": view, "seed": seed}

@@ -256,7 +256,7 @@ class Trained:
         return margins
 
     def shrink(
-        self, model: PreTrainedModel, rows: Rows, validation: Rows, scale: float | None, steps: int | None
+        self, model: PreTrainedModel, rows: Rows, validation: Rows, settings: dict[str, Any]
     ) -> ShrinkageResult:
         known = np.isin(validation.user, rows.user)
         return shrink_users(
@@ -264,7 +264,6 @@ class Trained:
             self.dataset(rows),
             self.tokenizer,
             validation=self.dataset(validation.of(known)),
-            scale=scale,
-            steps=steps,
+            **{name: settings.get(name) for name in ("scale", "steps", "mean")},
             batch_size=512,
         )

@@ -125,7 +125,12 @@ def test_it_finds_what_users_differ_in_and_helps_newcomers():
     trained = result.table.set_index("state")["accuracy"]["trained"]  # what the ridge left
     assert trained == pytest.approx(ridge.table.set_index("state")["accuracy"]["shrunk"])
     best = result.candidates["log_likelihood"].idxmax()
-    assert result.candidates.loc[best, ["scale", "steps"]].tolist() == [result.scale, result.steps]
+    assert result.candidates.loc[best, ["scale", "steps", "mean"]].tolist() == [
+        result.scale,
+        result.steps,
+        result.mean,
+    ]
+    assert set(result.candidates["mean"]) == {True, False}
     # the first feature is what they differ in: in A of shape (r, in) its column
     column = result.spread.directions[0].reshape(2, SIZE).square().sum(0)
     assert float(column[0] / column.sum()) > 0.9
@@ -153,7 +158,15 @@ def test_without_validation_each_fifth_is_held_out_and_used_after_it():
     assert result.held_out == 30 * 4 and result.n == 600 and list(result.table["state"]) == ["common", "shrunk"]
     # used after it: what is written is the fit to all of them
     again = linear_model()
-    shrink_users(again, train, TOKENIZER, validation=world(again, 2.0, 10, 2), scale=result.scale, steps=result.steps)
+    shrink_users(
+        again,
+        train,
+        TOKENIZER,
+        validation=world(again, 2.0, 10, 2),
+        scale=result.scale,
+        steps=result.steps,
+        mean=result.mean,
+    )
     torch.testing.assert_close(
         _UserMoves(model).read(range(30)), _UserMoves(again).read(range(30)), atol=1e-5, rtol=1e-4
     )
