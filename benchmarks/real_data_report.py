@@ -115,7 +115,11 @@ def table(view: View) -> str:
         mark = " **chosen**" if name == view.chosen else ""
         gain = "" if name == view.common else str(view.difference(name, view.common))
         hidden = ("share", "train_common", "personal_head")
-        settings = ", ".join(f"{key} {value:g}" for key, value in view.settings[name].items() if key not in hidden)
+        settings = ", ".join(
+            f"{key} {value if isinstance(value, (str, bool)) else format(value, 'g')}"
+            for key, value in view.settings[name].items()
+            if key not in hidden
+        )
         lines.append(
             f"| {name}{mark} | {100 * view.validation[name]:.1f} | {100 * view.accuracy(name):.1f} [{low:.1f}, {high:.1f}] | "
             f"{100 * view.micro(name):.1f} | {100 * view.worst_tenth(name):.1f} | {gain} | {settings} |"
@@ -210,7 +214,7 @@ def draw_gains(views: list[View], path: Path) -> None:
     axes.set_xlabel("points of accuracy over the common model (mean over users, 95 % over users)", fontsize=8)
     for colour, name in (("#0b3d91", "ShareLoRA, chosen on validation"), ("#f29900", "best baseline (by test)")):
         axes.plot([], [], "o", color=colour, markersize=4, label=name)
-    axes.legend(fontsize=7, loc="lower right", framealpha=0.9)
+    figure.legend(fontsize=7, loc="outside lower center", ncols=2)
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=150)
     plt.close(figure)

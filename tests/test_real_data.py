@@ -160,7 +160,9 @@ def test_the_whole_script(ways, data, encoder, tmp_path, monkeypatch, capsys):
     real_data, report = ways
     monkeypatch.setattr(real_data.importlib.resources, "files", lambda name: encoder.parent)
     monkeypatch.setattr(real_data, "ANSWERS", (0, 2, 5))
-    monkeypatch.setattr(real_data, "TRIALS", {name: list(trials) for name, trials in real_data.TRIALS.items()})
+    trials = {name: list(tried) for name, tried in real_data.TRIALS.items()}
+    trials[real_data.SHRUNK].reverse()  # --quick takes the first: a common LoRA with a row per user
+    monkeypatch.setattr(real_data, "TRIALS", trials)
     out = tmp_path / "out"
     command = ["real_data.py", NAME, "--quick", "--data-dir", str(data), "--output-dir", str(out)]
     monkeypatch.setattr(sys, "argv", command)
@@ -181,7 +183,11 @@ def test_the_whole_script(ways, data, encoder, tmp_path, monkeypatch, capsys):
     assert difference.users == pytest.approx((low, high))
     assert view.chosen == max(view.shared, key=lambda name: one[name]["validation"] + two[name]["validation"])
     page = (out / "results.md").read_text(encoding="utf-8")
-    assert f"| {NAME} | seen |" in page and "made_up: 4 newcomers, 2 draws of them" in page
+    assert (
+        f"| {NAME} | seen |" in page
+        and "start common LoRA" in page
+        and "made_up: 4 newcomers, 2 draws of them" in page
+    )
     assert (out / "images" / "results_gains.png").stat().st_size > 5000
     answers = found[f"{NAME}-new_users-0.json"]["by_answers"]
     assert set(answers["ShareLoRA, newcomers by the learned prior"]) == {"2", "5"} and set(answers["common head"]) == {"0", "2", "5"}  # fmt: skip
