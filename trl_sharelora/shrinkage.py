@@ -53,7 +53,8 @@ class ShrinkageResult:
 
     Args:
         chosen (`str`):
-            What did best on held-out comparisons and is in the model now: `"shrunk"`, `"trained"` (as it came) or `"common"` (all moves zero).
+            What did best on held-out comparisons and is in the model now: `"shrunk"` (if better by its standard error over users), `"trained"` (as it came)
+            or `"common"` (all moves zero).
         scale (`float`), steps (`int`), mean (`bool`):
             Of the shrunk: standard deviation of a margin at the start (log-odds), EM steps from there, and whether the users' mean was fitted anew.
         table (`pandas.DataFrame`):
@@ -228,9 +229,10 @@ def shrink_users(
     for one, with_mean in product(scales, (True, False) if mean is None else (mean,)):
         states = _steps(fit, one / size, most, with_mean)
         for step in states if steps is None else list(states)[-1:]:
-            accuracy, likelihood = _judged(
+            accuracy, by_user = _judged(
                 held_margins + (held_features * step.users[held.user]).sum(1).double(), held.user
             )
+            likelihood = float(by_user.mean())
             tried.append(
                 {
                     "scale": one,
@@ -256,13 +258,13 @@ def shrink_users(
         "trained": lambda some: passes.bank.read([rows[user] for user in some.tolist()]),
         "shrunk": lambda some: shrunk[some].to(basis) @ basis,
     }
-    lines = []
+    lines, likelihoods = [], {}
     for state, moves in ways.items():
         if state != "trained" or own_validation:
-            accuracy, likelihood = _judged(_margins(passes, held, moves), held.user)
-            lines.append({"state": state, "accuracy": accuracy, "log_likelihood": likelihood})
+            accuracy, likelihoods[state] = _judged(_margins(passes, held, moves), held.user)
+            lines.append({"state": state, "accuracy": accuracy, "log_likelihood": float(likelihoods[state].mean())})
     table = pd.DataFrame(lines)
-    chosen = str(table.loc[table["log_likelihood"].idxmax(), "state"])
+    chosen = _chosen(likelihoods)
     if not own_validation:
         logger.warning(
             "The held-out fifths were in the training, so the common part fits them too well, and what the model came with could not be judged and is "
@@ -387,13 +389,26 @@ def _kept_for_the_fit(user: torch.Tensor) -> torch.Tensor:
     return torch.tensor(kept, dtype=torch.bool)
 
 
-def _judged(margins: torch.Tensor, user: torch.Tensor) -> tuple[float, float]:
-    """Accuracy and log-likelihood at the best temperature, each the mean over users."""
-    n = torch.bincount(user).double()
-    weight = (1 / n[user]) / int((n > 0).sum())
-    accuracy = float((weight * ((margins.sign() + 1) / 2)).sum())
-    likelihood = max(float((weight * F.logsigmoid(one * margins)).sum()) for one in TEMPERATURES)
-    return accuracy, likelihood
+def _judged(margins: torch.Tensor, user: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """Accuracy, the mean over users, and each user's log-likelihood of a comparison at the temperature that suits all best."""
+    places = user.unique(return_inverse=True)[1]
+    n = torch.bincount(places).double()
+
+    def by_user(values: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(n).index_add_(0, places, values) / n
+
+    likelihoods = [by_user(F.logsigmoid(one * margins)) for one in TEMPERATURES]
+    return float(by_user((margins.sign() + 1) / 2).mean()), max(likelihoods, key=lambda one: float(one.mean()))
+
+
+def _chosen(likelihoods: dict[str, torch.Tensor]) -> str:
+    """What did best on held-out comparisons; "shrunk" only if it is better by its standard error over users (the rule of Breiman et al., 1984): of 72
+    candidates one looks better by chance where nothing can be gained."""
+    shrunk = likelihoods["shrunk"]
+    best = max((state for state in likelihoods if state != "shrunk"), key=lambda one: float(likelihoods[one].mean()))
+    gain = shrunk - likelihoods[best]
+    error = float(gain.std() / math.sqrt(len(gain))) if len(gain) > 1 else math.inf
+    return "shrunk" if float(gain.mean()) > error else best
 
 
 def _as_spread(prior: Prior, basis: torch.Tensor, users: int) -> UserSpread:
