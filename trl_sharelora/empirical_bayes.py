@@ -15,7 +15,7 @@ None of this is from the paper, which shrinks no user; it is the classical remed
 Morris, 1973; Robbins, 1956).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -73,8 +73,42 @@ class _Posterior(NamedTuple):
     evidence: torch.Tensor  # (users,)
 
 
+def _climbed(
+    start: torch.Tensor,
+    value: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    direction: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Newton's method for many users, each with a step halved where it does not help; where no half of it does he stays.
+
+    Args:
+        start (`(users, n)`): Where to begin.
+        value: Of a point: what is linear in it, `(users, n)`, and the objective `(users,)`.
+        direction: Of a point and what is linear in it: the whole step.
+    """
+    point = start
+    linear, now = value(point)
+    for _ in range(NEWTON_STEPS):
+        step = direction(point, linear)
+        size = torch.ones_like(now)
+        for _ in range(10):
+            trial = point + size[:, None] * step
+            moved, after = value(trial)
+            worse = after < now - 1e-9 * now.abs()
+            if not bool(worse.any()):
+                break
+            size = torch.where(worse, size / 2, size)
+        else:
+            trial, moved = (torch.where(worse[:, None], old, new) for old, new in ((point, trial), (linear, moved)))
+            after = torch.where(worse, now, after)
+        gain = float((after - now).max())
+        point, linear, now = trial, moved, after
+        if gain < 1e-4:  # of a log-likelihood
+            break
+    return point, linear, now
+
+
 def _laplace(kernel: torch.Tensor, offsets: torch.Tensor, mask: torch.Tensor) -> _Posterior:
-    """Modes of `sum log sigmoid(offset + f) - f' K^-1 f / 2` for many users; Newton's method, steps halved where they do not help.
+    """Modes of `sum log sigmoid(offset + f) - f' K^-1 f / 2` for many users.
 
     Args:
         kernel (`(users, n, n)`), offsets (`(users, n)`), mask (`(users, n)`, 0 where there is no comparison): float64.
@@ -91,24 +125,13 @@ def _laplace(kernel: torch.Tensor, offsets: torch.Tensor, mask: torch.Tensor) ->
         root = (gradient * torch.sigmoid(offsets + f)).sqrt()
         return gradient, root, torch.linalg.cholesky(eye + root[:, :, None] * kernel * root[:, None, :])
 
-    f, now = value(weights)
-    for _ in range(NEWTON_STEPS):
+    def direction(weights: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
         gradient, root, factor = curved(f)
         b = root.square() * f + gradient
         inner = root * (kernel @ b[..., None]).squeeze(2)
-        step = b - root * torch.cholesky_solve(inner[..., None], factor).squeeze(2) - weights
-        size = torch.ones_like(now)
-        for _ in range(10):
-            trial = weights + size[:, None] * step
-            moved, after = value(trial)
-            worse = after < now - 1e-9 * now.abs()
-            if not bool(worse.any()):
-                break
-            size = torch.where(worse, size / 2, size)
-        gain = float((after - now).max())
-        weights, f, now = trial, moved, after
-        if gain < 1e-4:  # of a log-likelihood
-            break
+        return b - root * torch.cholesky_solve(inner[..., None], factor).squeeze(2) - weights
+
+    weights, f, now = _climbed(weights, value, direction)
     _, root, factor = curved(f)
     spread = root[:, :, None] * torch.cholesky_inverse(factor) * root[:, None, :]
     return _Posterior(weights, spread, now - factor.diagonal(dim1=1, dim2=2).log().sum(1))
@@ -133,22 +156,11 @@ def _laplace_of_many(
         gradient = mask * torch.sigmoid(-margins)
         return gradient, torch.linalg.cholesky(eye + x.mT @ ((gradient * torch.sigmoid(margins))[..., None] * x))
 
-    margins, now = value(y)
-    for _ in range(NEWTON_STEPS):
+    def direction(y: torch.Tensor, margins: torch.Tensor) -> torch.Tensor:
         gradient, factor = curved(margins)
-        step = torch.cholesky_solve((x.mT @ gradient[..., None]) - y[..., None], factor).squeeze(2)
-        size = torch.ones_like(now)
-        for _ in range(10):
-            trial = y + size[:, None] * step
-            moved, after = value(trial)
-            worse = after < now - 1e-9 * now.abs()
-            if not bool(worse.any()):
-                break
-            size = torch.where(worse, size / 2, size)
-        gain = float((after - now).max())
-        y, margins, now = trial, moved, after
-        if gain < 1e-4:
-            break
+        return torch.cholesky_solve((x.mT @ gradient[..., None]) - y[..., None], factor).squeeze(2)
+
+    y, margins, now = _climbed(y, value, direction)
     _, factor = curved(margins)
     return y, torch.cholesky_inverse(factor), now - factor.diagonal(dim1=1, dim2=2).log().sum(1)
 

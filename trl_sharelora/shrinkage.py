@@ -29,7 +29,7 @@ from .confidence import CONFIDENCE_FOLDER, _open
 from .data import check_preference_rows
 from .empirical_bayes import Comparisons, Prior, Step, learn_prior
 from .errors import ConfigError, DataError, NonFiniteError
-from .new_users import MOST_NUMBERS, UserSpread, _gram, _Pairs, _Passes, _tokenised
+from .new_users import MOST_NUMBERS, TEMPERATURES, UserSpread, _gram, _Pairs, _Passes, _tokenised
 
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,6 @@ DIRECTIONS, SAMPLE = 512, 2048
 # Handed to newcomers: of 8, 32 and 64 the last did best from 50 answers on (Polis), and a fit takes .02 s in 64, 1 s in 382.
 SPREAD_DIRECTIONS = 64
 CAPTURED = 0.8  # of the squared gradients; below it there is a warning
-TEMPERATURES = (0.1, 0.2, 0.35, 0.5, 0.7, 1.0)
 EVERY = 5  # without validation comparisons, each fifth of a user's own is held out
 
 
