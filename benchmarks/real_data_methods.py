@@ -18,11 +18,13 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from trl import RewardConfig, RewardTrainer
 
 from trl_sharelora import ShareLoraConfig, ShareLoraRewardConfig, ShareLoraRewardTrainer, evaluate_users, warm_start
-from trl_sharelora.empirical_bayes import Comparisons, Prior
+from trl_sharelora.empirical_bayes import Comparisons, Prior, learn_prior
 from trl_sharelora.shrinkage import ShrinkageResult, shrink_users
 
 
 START = 0.05  # standard deviation of the offsets that a low-rank basis starts from
+WIDTH = 1024  # random units above the projection
+PRIOR_DIRECTIONS = 256  # as shrink_users
 MAX_LENGTH = 256  # tokens of an answer, what the encoder was trained with; the rest is cut off
 
 
@@ -67,15 +69,26 @@ def popularity(rows: Rows, n_texts: int) -> Margins:
 
 
 def common_head(rows: Rows, features: torch.Tensor, ridge: float) -> torch.Tensor:
-    """The weights `(d,)` of logistic regression on differences of features with a ridge, by Newton's method."""
-    d = (features[rows.chosen] - features[rows.rejected]).double()
-    weights = torch.zeros(d.shape[1], dtype=torch.float64)
+    """The weights `(d,)` of logistic regression on differences of features with a ridge, by Newton's method.
+
+    In the texts, of which there are fewer than comparisons: a Hessian is features' L features, L the texts' weighted graph Laplacian.
+    """
+    features = features.double()
+    n, (chosen, rejected) = len(features), (torch.from_numpy(column) for column in rows[1:])
+    weights = torch.zeros(features.shape[1], dtype=torch.float64)
     for _ in range(30):
-        wrong = torch.sigmoid(-d @ weights)
-        hessian = (d * (wrong * (1 - wrong))[:, None]).T @ d + ridge * torch.eye(len(weights), dtype=torch.float64)
-        step = torch.linalg.solve(hessian, d.T @ wrong - ridge * weights)
+        scores = features @ weights
+        wrong = torch.sigmoid(scores[rejected] - scores[chosen])
+        gradient = torch.zeros(n, dtype=torch.float64).index_add_(0, chosen, wrong).index_add_(0, rejected, -wrong)
+        curvature = wrong * (1 - wrong)
+        laplacian = torch.zeros(n * n, dtype=torch.float64)
+        for one, other in ((chosen, rejected), (rejected, chosen)):
+            laplacian.index_add_(0, one * n + other, -curvature).index_add_(0, one * n + one, curvature)
+        hessian = features.T @ (laplacian.view(n, n) @ features)
+        hessian.diagonal().add_(ridge)
+        step = torch.linalg.solve(hessian, features.T @ gradient - ridge * weights)
         weights += step
-        if step.norm() < 1e-8 * weights.norm():
+        if step.norm() < 1e-6 * weights.norm():
             break
     return weights
 
@@ -98,16 +111,21 @@ def own_offset(rows: Rows, features: torch.Tensor, n_users: int, common: torch.T
 
 
 def low_rank(
-    rows: Rows, features: torch.Tensor, n_users: int, common: torch.Tensor, r: int, ridge: float, common_ridge: float
+    rows: Rows,
+    features: torch.Tensor,
+    offsets: torch.Tensor,
+    common: torch.Tensor,
+    r: int,
+    ridge: float,
+    common_ridge: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Common weights, a basis of `r` heads and the users' weights on them (the form of LoRe), jointly by L-BFGS.
 
     `ridge / 2` times the squares of the users' weights and of the basis, `common_ridge / 2` of the common head. It starts at the singular
-    vectors of the users' own ridge offsets: from random ones it needs five times the passes and ends in worse optima.
+    vectors of `offsets` `(users, d)`, the users' own ridge offsets: from random ones it needs five times the passes and ends in worse optima.
     """
-    d = (features[rows.chosen] - features[rows.rejected]).float()
-    user = torch.from_numpy(rows.user)
-    left, size, right = torch.linalg.svd(own_offset(rows, features, n_users, common, START), full_matrices=False)
+    user, chosen, rejected = (torch.from_numpy(column) for column in rows)
+    left, size, right = torch.linalg.svd(offsets, full_matrices=False)
     basis, weights = right[:r] * size[:r, None].sqrt(), left[:, :r] * size[:r].sqrt()
     balance = (basis.square().sum() / weights.square().sum().clamp(min=1e-12)).clamp(min=1e-12) ** 0.25
     leaves = [common.float().clone(), (basis / balance).contiguous(), (weights * balance).contiguous()]
@@ -121,7 +139,8 @@ def low_rank(
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
-        margins = d @ head + ((d @ basis.T) * weights[user]).sum(1)
+        scores, along = features @ head, features @ basis.T
+        margins = scores[chosen] - scores[rejected] + ((along[chosen] - along[rejected]) * weights[user]).sum(1)
         total = nn.functional.softplus(-margins).sum() + common_ridge / 2 * head.square().sum()
         total = total + ridge / 2 * (weights.square().sum() + basis.square().sum())
         total.backward()
@@ -130,6 +149,31 @@ def low_rank(
     optimizer.step(loss)
     head, basis, weights = (leaf.detach() for leaf in leaves)
     return head.double(), basis, weights
+
+
+def learned_prior(
+    rows: Rows, validation: Rows, features: torch.Tensor, n_users: int, common: torch.Tensor, settings: dict[str, Any]
+) -> torch.Tensor:
+    """Each user's own weights `(users, d)` under the prior that all users teach, in the first [`PRIOR_DIRECTIONS`] features: [`shrink_users`] without any
+    LoRA. Writes the number of EM steps with the best validation likelihood into `settings` if they are not there."""
+    d, held = (
+        features[part.chosen, :PRIOR_DIRECTIONS] - features[part.rejected, :PRIOR_DIRECTIONS]
+        for part in (rows, validation)
+    )
+    offsets, held_offsets = (
+        torch.from_numpy(linear_margins(common, None, features)(part)) for part in (rows, validation)
+    )
+    problem = Comparisons(d, offsets, torch.from_numpy(rows.user), n_users)
+    user = torch.from_numpy(validation.user)
+    best, own = -float("inf"), torch.zeros(n_users, d.shape[1])
+    for step in learn_prior(
+        problem, settings["scale"] / float(d.square().sum(1).mean().sqrt()), settings.get("steps", 12)
+    ):
+        likelihood = float(nn.functional.logsigmoid(held_offsets + (held * step.users[user]).sum(1)).mean())
+        if step.number == settings.get("steps") or "steps" not in settings and likelihood > best:
+            best, own, number = likelihood, step.users, step.number
+    settings["steps"] = number
+    return nn.functional.pad(own, (0, features.shape[1] - own.shape[1]))
 
 
 def weights_on_basis(
@@ -145,25 +189,44 @@ def weights_on_basis(
 # -- LoRA
 
 
+def mixing(size: int) -> torch.Tensor:
+    """`(WIDTH, size)`: the frozen random layer above the projection, the same in every run."""
+    return torch.randn(WIDTH, size, generator=torch.Generator().manual_seed(0)) / size**0.5
+
+
+def widened(features: torch.Tensor) -> torch.Tensor:
+    """`(texts, d + WIDTH)`: features and rectified random mixtures of them, what the linear head stands on."""
+    return torch.cat([features, torch.relu(features @ mixing(features.shape[-1]).T.to(features))], dim=-1)
+
+
+def turned(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same features `(texts, k)` in the directions that they span, the longest first, for linear methods; and the directions `(k, d)`."""
+    left, size, directions = torch.linalg.svd(features, full_matrices=False)
+    return left * size, directions
+
+
 class TextReward(PreTrainedModel):
-    """A projection of a text's frozen features (the identity at the start) and a linear head, as BERT has a pooler and a classifier.
+    """A projection of a text's frozen features (the identity at the start), a frozen random layer beside it, and a linear head.
 
     Its input is one "token" per text, the text's number: what lies below is frozen, so it need not run again.
     """
 
     config_class = BertConfig
 
-    def __init__(self, config: BertConfig, features: torch.Tensor):
+    def __init__(self, config: BertConfig, features: torch.Tensor, head: torch.Tensor):
         super().__init__(config)
         size = features.shape[1]
-        self.features = features  # not a buffer: it is data
+        self.features, self.mixing = features, mixing(size)  # not buffers: they are data
         self.projection = nn.Linear(size, size, bias=False)
-        self.classifier = nn.Linear(size, 1, bias=False)
+        self.classifier = nn.Linear(size + WIDTH, 1, bias=False)
         nn.init.eye_(self.projection.weight)
-        nn.init.normal_(self.classifier.weight, std=config.initializer_range)
+        self.classifier.weight.data = head.float()[None].clone()
 
     def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> SequenceClassifierOutput:
-        return SequenceClassifierOutput(logits=self.classifier(self.projection(self.features[input_ids[:, 0]])))
+        hidden = self.projection(self.features[input_ids[:, 0]])
+        return SequenceClassifierOutput(
+            logits=self.classifier(torch.cat([hidden, torch.relu(hidden @ self.mixing.T)], dim=1))
+        )
 
 
 class Trained:
@@ -184,7 +247,7 @@ class Trained:
         columns = {f"{side}_ids": [[text] for text in getattr(rows, side).tolist()] for side in ("chosen", "rejected")}
         return datasets.Dataset.from_dict({"user_id": [self.users[user] for user in rows.user], **columns})
 
-    def train(self, settings: dict[str, Any], rows: Rows, seed: int) -> PreTrainedModel:
+    def train(self, settings: dict[str, Any], rows: Rows, seed: int, head: torch.Tensor) -> PreTrainedModel:
         """A model trained with TRL's RewardTrainer, or with ours where the settings have a `share`."""
         torch.manual_seed(seed)
         adapter = {"r": settings.get("r", 8), "lora_alpha": settings.get("r", 8), "target_modules": ["projection"]}
@@ -207,7 +270,7 @@ class Trained:
                 disable_tqdm=True,
             )
             together: dict[str, Any] = dict(
-                model=TextReward(self.config, self.features),
+                model=TextReward(self.config, self.features, head),
                 train_dataset=self.dataset(rows),
                 processing_class=self.tokenizer,
             )
@@ -238,9 +301,10 @@ class Trained:
         config = ShareLoraConfig(
             task_type="SEQ_CLS", share="B", r=8, lora_alpha=8, target_modules=["projection"], users=self.users
         )
-        model = get_peft_model(TextReward(self.config, self.features), config)
+        head = torch.zeros(self.features.shape[1] + WIDTH)  # the LoRA brings its own
+        model = get_peft_model(TextReward(self.config, self.features, head), config)
         with tempfile.TemporaryDirectory() as folder:
-            lora.save_pretrained(folder)
+            lora.save_pretrained(folder, save_embedding_layers=False)  # there are none to look for
             warm_start(model, folder, check_base=False)
         return model.eval()
 

@@ -19,6 +19,9 @@ from trl_sharelora.evaluation import mean_interval
 
 
 COMMON = ("common head", "common LoRA")
+SHRUNK = "ShareLoRA B, shrunk"
+PRIOR = "common head + learned prior"  # what shrink_users learns, without LoRA: shown, and no baseline
+Counts = dict[str, tuple[float, int]]  # right answers and answers by user
 TITLES = {"seen": "new pairs of known users", "new_items": "known users, new statements or prompts"}
 COLOURS = ("#5f6368", "#9aa0a6", "#7baaf7", "#f29900", "#188038", "#c5221f", "#0b3d91", "#a142f4")
 
@@ -33,6 +36,10 @@ class Difference(NamedTuple):
     def __str__(self) -> str:
         over_seeds = f" [{self.seeds[0]:+.1f}, {self.seeds[1]:+.1f}]" if np.isfinite(self.seeds[0]) else ""
         return f"{self.mean:+.2f} [{self.users[0]:+.1f}, {self.users[1]:+.1f}]{over_seeds}"
+
+
+def _accuracies(counts: list[Counts]) -> list[dict[str, float]]:
+    return [{user: right / n for user, (right, n) in one.items()} for one in counts]
 
 
 class View:
@@ -53,15 +60,29 @@ class View:
         }
         self.settings = {name: results[0]["methods"][name]["settings"] for name in self.methods}
         self.shared = [name for name in self.methods if name.startswith("ShareLoRA")]
-        self.baselines = [name for name in self.methods if name not in self.shared]
+        self.baselines = [name for name in self.methods if name not in (*self.shared, PRIOR)]
         if not self.shared or not self.baselines:
             raise ValueError(f"{self.set}, {self.view}: a comparison needs a baseline and a ShareLoRA form.")
-        self.chosen = max(self.shared, key=self.validation.__getitem__)
+        self.validations = {
+            name: [one["methods"][name]["validation_counts"] for one in results] for name in self.methods
+        }
+        self.chosen = self._choice()
         self.best = max(self.baselines, key=self.accuracy)
         self.common = max((name for name in COMMON if name in self.methods), key=self.accuracy)
 
+    def _choice(self) -> str:
+        """The form of ShareLoRA with the best validation among those that beat [`SHRUNK`] there by an interval over users that excludes zero; else that one."""
+        if SHRUNK not in self.shared:
+            return max(self.shared, key=self.validation.__getitem__)
+        better = {
+            name: found.mean
+            for name in self.shared
+            if name != SHRUNK and (found := self._paired(self.validations, name, SHRUNK)).users[0] > 0
+        }
+        return max(better, key=better.__getitem__, default=SHRUNK)
+
     def by_seed(self, method: str) -> list[dict[str, float]]:
-        return [{user: right / n for user, (right, n) in one.items()} for one in self.counts[method]]
+        return _accuracies(self.counts[method])
 
     def accuracy(self, method: str) -> float:
         return float(np.mean([np.mean(list(one.values())) for one in self.by_seed(method)]))
@@ -83,9 +104,13 @@ class View:
         return (np.nan, np.nan) if low is None or high is None else (100 * low, 100 * high)
 
     def difference(self, method: str, other: str) -> Difference:
+        return self._paired(self.counts, method, other)
+
+    @staticmethod
+    def _paired(counts: dict[str, list[Counts]], method: str, other: str) -> Difference:
         own: dict[str, list[float]] = defaultdict(list)
         seeds = []
-        for one, two in zip(self.by_seed(method), self.by_seed(other), strict=True):
+        for one, two in zip(_accuracies(counts[method]), _accuracies(counts[other]), strict=True):
             for user in one:
                 own[user].append(100 * (one[user] - two[user]))
             seeds.append(100 * float(np.mean([one[user] - two[user] for user in one])))

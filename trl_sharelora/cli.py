@@ -151,9 +151,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--scale",
         type=float,
         metavar="X",
-        help="standard deviation of a margin between users at the start, in log-odds (default: the best of .25, 1, 2, 4)",
+        help="standard deviation of a margin between users at the start, in log-odds (default: the best of .25, 1, 4)",
     )
-    shrink_users.add_argument("--steps", type=int, metavar="N", help="EM steps (default: the best of 0 to 8)")
+    shrink_users.add_argument("--steps", type=int, metavar="N", help="EM steps (default: the best of 0 to 12)")
     shrink_users.add_argument(
         "--spread_file", metavar="FILE", help="write the prior for newcomers there, for fit-users"
     )
