@@ -7,13 +7,13 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers import preference_rows, save_tiny, tiny_model, tiny_tokenizer
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from scipy import optimize, special
 from torch import nn
 from transformers import AutoModelForSequenceClassification, BertConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from trl_sharelora import ShareLoraConfig, add_users, evaluate_users, fit_users, shrink_users, use_users
+from trl_sharelora import ShareLoraConfig, add_users, evaluate_users, fit_users, from_lora, shrink_users, use_users
 from trl_sharelora.cli import main
 from trl_sharelora.confidence import fit_confidence
 from trl_sharelora.errors import ConfigError, DataError, NonFiniteError, UnknownUserError
@@ -92,6 +92,7 @@ def test_a_ridge_is_the_optimum_of_each_user(bank):
     moves = _UserMoves(model)
     result = shrink_users(model, train, TOKENIZER, validation=held, scale=1.5, steps=0)
     assert result.chosen == "shrunk" and result.steps == 0 and result.n == 360 and result.held_out == 360
+    assert result.factor == 1  # the model is linear in the moves
     # the reward is classifier (x + s B A_u x): the gradient with respect to A_u is s (classifier B)' x'
     layer = model.get_base_model().projection
     features = model.get_base_model().features
@@ -264,6 +265,42 @@ def test_the_command_and_the_prior_it_hands_on(tmp_path, capsys):
     Path(spread).write_bytes(b"torn")
     assert main(["fit-users", *here, str(tmp_path / "new.jsonl"), "--refit", "--spread_file", spread]) == 2
     assert "cannot be read as a spread" in capsys.readouterr().err
+
+
+def test_a_plain_lora_gets_a_row_per_user(tmp_path, capsys):
+    """TRL's adapter for all in, ours with a row per user out, without any training: who disagrees is told apart; the LoRA's folder stays."""
+    base, lora, out = save_tiny("llama", tmp_path / "base"), tmp_path / "lora", tmp_path / "out"
+    torch.manual_seed(0)
+    config = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    get_peft_model(AutoModelForSequenceClassification.from_pretrained(base, num_labels=1), config).save_pretrained(
+        lora
+    )
+    TOKENIZER.save_pretrained(lora)
+    before = {path.name: path.read_bytes() for path in lora.iterdir()}
+    rows = [
+        {**row, **({} if user < "e" else {"chosen": row["rejected"], "rejected": row["chosen"]}), "user_id": user, "split": split}
+        for split, n in (("train", 30), ("validation", 15))
+        for user in "abcdefgh"
+        for row in preference_rows(["x"], n, seed=1)
+    ]  # fmt: skip
+    Dataset.from_list(rows).to_json(tmp_path / "rows.jsonl")
+    command = ["shrink-users", "--model_name_or_path", str(lora), "--use_cpu", "--dataset_name", str(tmp_path / "rows.jsonl")]  # fmt: skip
+    command += ["--dataset_split", "train", "--validation_split", "validation"]
+    assert (
+        main(command) == 2 and "holds a plain LoRA, which stays as it is; give output_dir" in capsys.readouterr().err
+    )
+    assert main([*command, "--output_dir", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "in the model now: shrunk" in said and "0.125 of the moves, for the model is not linear in them" in said
+    assert {path.name: path.read_bytes() for path in lora.iterdir()} == before
+    train = Dataset.from_list([row for row in rows if row["split"] == "train"])
+    model, tokenizer = load_reward_model(str(out), device="cpu")
+    common = from_lora(lora, list("abcdefgh"), device="cpu")
+    common.config.pad_token_id = tokenizer.pad_token_id
+    assert accuracy(common, train) == 0.5 and accuracy(model, train) > 0.7
+    with torch.no_grad(), use_users(model, ["nobody"] * 2, unseen="common"), use_users(common, ["a"] * 2):
+        ids = torch.arange(10, 22).reshape(2, 6)
+        torch.testing.assert_close(model(input_ids=ids).logits, common(input_ids=ids).logits)
 
 
 def test_a_spread_of_another_adapter_is_refused():

@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from helpers import tiny_causal, tiny_model
+from helpers import save_tiny, tiny_causal, tiny_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from trl_sharelora import ShareLoraConfig, use_users
-from trl_sharelora.errors import MethodError
-from trl_sharelora.starts import warm_start
+from trl_sharelora.errors import ConfigError, MethodError
+from trl_sharelora.starts import from_lora, warm_start
 
 
 USERS = ["ann", "bob", "cat"]
@@ -54,6 +54,37 @@ def test_every_user_starts_as_the_lora(form, tmp_path):
         for who in (USERS, ["cat"] * 3, ["eve"] * 3):
             with use_users(model.eval(), who, unseen="common"):
                 torch.testing.assert_close(model(**INPUTS).logits, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_lora_becomes_an_adapter_with_a_row_per_user(causal, tmp_path):
+    """From its directory alone, base and all; and saved and loaded again."""
+    path = save_tiny("llama", tmp_path / "base", causal=causal)
+    base = (tiny_causal if causal else tiny_model)()
+    base.name_or_path = path
+    expected = plain(tmp_path / "lora", base, task_type="CAUSAL_LM" if causal else "SEQ_CLS", use_rslora=True, lora_dropout=0.1)(**INPUTS).logits  # fmt: skip
+    model = from_lora(tmp_path / "lora", USERS, share="AB", device="cpu")
+    config = model.peft_config["default"]
+    assert list(config.users) == USERS and config.share == "AB" and not model.training
+    assert (config.r, config.lora_alpha, config.use_rslora, config.lora_dropout) == (4, 6, True, 0.1)
+    model.save_pretrained(tmp_path / "saved")
+    again = from_lora(tmp_path / "lora", USERS, base=(tiny_causal if causal else tiny_model)(), check_base=False)
+    with torch.no_grad():
+        for one in (model, again):
+            with use_users(one, USERS):
+                torch.testing.assert_close(one(**INPUTS).logits, expected, rtol=1e-5, atol=1e-5)
+    assert (tmp_path / "saved" / "users.json").is_file()
+
+
+def test_what_is_no_lora_or_has_no_base_is_refused(tmp_path):
+    with pytest.raises(MethodError, match="is not the directory of a saved LoRA"):
+        from_lora(tmp_path, USERS)
+    share().save_pretrained(tmp_path / "ours")
+    with pytest.raises(MethodError, match="a plain LoRA .LoraConfig. is needed"):
+        from_lora(tmp_path / "ours", USERS)
+    plain(tmp_path / "lora", task_type="FEATURE_EXTRACTION", modules_to_save=["score"])
+    with pytest.raises(ConfigError, match="task_type='FEATURE_EXTRACTION' .* give base=model"):
+        from_lora(tmp_path / "lora", USERS)
 
 
 def test_a_policy_needs_no_head(tmp_path):

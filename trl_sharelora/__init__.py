@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .rewards import RewardEstimate, SampledReferences, UserReward
     from .shrinkage import shrink_users
     from .splits import split_by_comparison, split_by_item, split_by_user
-    from .starts import warm_start
+    from .starts import from_lora, warm_start
     from .trainers.dpo import ShareLoraDPOConfig, ShareLoraDPOTrainer
     from .trainers.grpo import ShareLoraGRPOConfig, ShareLoraGRPOTrainer
     from .trainers.methods import train_method
@@ -52,6 +52,7 @@ _LAZY = {
     "user_usage": ".usage",
     "export_user": ".export",
     "forget_user": ".forget",
+    "from_lora": ".starts",
     "RewardEstimate": ".rewards",
     "SampledReferences": ".rewards",
     "UserReward": ".rewards",
@@ -100,6 +101,7 @@ __all__ = [
     "fit_confidence",
     "fit_users",
     "forget_user",
+    "from_lora",
     "import_preferences",
     "next_comparisons",
     "shrink_users",

@@ -23,12 +23,16 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from peft import LoraConfig, PeftConfig
+from transformers import AutoTokenizer
 
 from .confidence import CONFIDENCE_FOLDER, _open
 from .data import check_preference_rows
 from .empirical_bayes import Comparisons, Prior, Step, learn_prior
 from .errors import ConfigError, DataError, NonFiniteError
 from .new_users import MOST_NUMBERS, TEMPERATURES, UserSpread, _gram, _Pairs, _Passes, _tokenised
+from .starts import from_lora
+from .users import UserRegistry
 
 
 logger = logging.getLogger(__name__)
@@ -42,6 +46,8 @@ STEPS, PATIENCE = 12, 2
 DIRECTIONS, SAMPLE = 256, 2048
 # Handed to newcomers: of 8, 32 and 64 the last did best from 50 answers on (Polis), and a fit takes .02 s in 64, 1 s in 382.
 SPREAD_DIRECTIONS = 64
+# Of the moves, tried in turn where the real model does not gain half of what the linearised one promises.
+FACTORS = (1.0, 0.5, 0.25, 0.125)
 CAPTURED = 0.8  # of the squared gradients; below it there is a warning
 EVERY = 5  # without validation comparisons, each fifth of a user's own is held out
 
@@ -67,6 +73,8 @@ class ShrinkageResult:
             Share of the squared length of gradients in the directions that were looked at, on comparisons they were not found from.
         n (`int`), n_users (`int`), dropped (`int`), held_out (`int`):
             Comparisons and users fitted, comparisons left out because they are too long or cannot be tokenised, comparisons held out to choose.
+        factor (`float`):
+            Share of the shrunk moves that is written, below 1 where the model is far from linear in them.
     """
 
     chosen: str
@@ -81,6 +89,7 @@ class ShrinkageResult:
     n_users: int
     dropped: int
     held_out: int
+    factor: float = 1.0
 
     def __str__(self) -> str:
         shown = self.table.to_string(index=False, float_format="{:.4f}".format)
@@ -88,7 +97,9 @@ class ShrinkageResult:
             f"{self.n_users} users, {self.n} comparisons"
             + (f", {self.dropped} dropped" if self.dropped else "")
             + "; on "
-            f"{self.held_out} held out:\n{shown}\nin the model now: {self.chosen} (of the shrunk: scale {self.scale:g}, {self.steps} steps, mean {'fitted' if self.mean else 'as it was'}; "
+            f"{self.held_out} held out:\n{shown}\nin the model now: {self.chosen} (of the shrunk: scale {self.scale:g}, {self.steps} steps, mean {'fitted' if self.mean else 'as it was'}"
+            + (f", {self.factor:g} of the moves, for the model is not linear in them" if self.factor < 1 else "")
+            + "; "
             f"{100 * self.captured:.0f} % of the gradients looked at)"
         )
 
@@ -116,7 +127,8 @@ def shrink_users(
 
     Args:
         model_or_path ([`~peft.PeftModel`], `str` or `os.PathLike`):
-            A trained ShareLoRA reward model, changed in place; or where it was saved: then it is saved again.
+            A trained ShareLoRA reward model, changed in place; or where it was saved: then it is saved again. The directory of a plain LoRA of a reward
+            model will do too: in `output_dir` each user of `comparisons` gets a row beside it ([`~trl_sharelora.from_lora`]).
         comparisons ([`~datasets.Dataset`]):
             The training comparisons; see [`~trl_sharelora.data.check_preference_rows`].
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -164,6 +176,17 @@ def shrink_users(
         raise ConfigError(f"scale={scale!r} came; a finite standard deviation above 0, in log-odds, is needed.")
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 0):
         raise ConfigError(f"steps={steps!r} came; a whole number of at least 0 is needed.")
+    if isinstance(model_or_path, str | os.PathLike) and _is_lora(model_or_path):
+        if output_dir is None:
+            raise ConfigError(
+                f"{os.fspath(model_or_path)!r} holds a plain LoRA, which stays as it is; give output_dir=... for the adapter with a row per user."
+            )
+        check_preference_rows(comparisons, user_column, name="training")
+        users_of = UserRegistry.from_dataset(comparisons, user_column)
+        if processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(model_or_path)
+        model_or_path = from_lora(model_or_path, users_of, **loading)
+        model_or_path.config.get_text_config().pad_token_id = processing_class.pad_token_id
     scorer, path = _open(model_or_path, processing_class, batch_size, loading)
     directory = os.fspath(output_dir) if output_dir is not None else path
     if output_dir is None and directory is not None and not Path(directory).is_dir():
@@ -262,17 +285,32 @@ def shrink_users(
     _, scale, mean, step = best
 
     rows = scorer.users.index(names)
-    shrunk = step.users
+    shrunk, factor = step.users, 1.0
     ways: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "common": lambda some: basis.new_zeros(len(some), passes.bank.entries),
         "trained": lambda some: passes.bank.read([rows[user] for user in some.tolist()]),
-        "shrunk": lambda some: shrunk[some].to(basis) @ basis,
+        "shrunk": lambda some: factor * shrunk[some].to(basis) @ basis,
     }
-    lines, likelihoods = [], {}
-    for state, moves in ways.items():
-        if state != "trained" or own_validation:
-            accuracy, likelihoods[state] = _judged(_margins(passes, held, moves), held.user)
-            lines.append({"state": state, "accuracy": accuracy, "log_likelihood": float(likelihoods[state].mean())})
+    found = {
+        state: _judged(_margins(passes, held, ways[state]), held.user)
+        for state in ("common", "trained")
+        if state != "trained" or own_validation
+    }
+    common = float(found["common"][1].mean())
+    along = (held_features * shrunk[held.user]).sum(1).double()
+    for factor in FACTORS:
+        real = _judged(_margins(passes, held, ways["shrunk"]), held.user)
+        if "shrunk" not in found or float(real[1].mean()) > float(found["shrunk"][1].mean()):
+            found["shrunk"], kept = real, factor
+        promised = float(_judged(held_margins + factor * along, held.user)[1].mean()) - common
+        if float(real[1].mean()) - common >= promised / 2:
+            break  # as far as the linearised model holds
+    factor = kept
+    lines = [
+        {"state": state, "accuracy": accuracy, "log_likelihood": float(likelihood.mean())}
+        for state, (accuracy, likelihood) in found.items()
+    ]
+    likelihoods = {state: likelihood for state, (_, likelihood) in found.items()}
     table = pd.DataFrame(lines)
     chosen = _chosen(likelihoods)
     if not own_validation:
@@ -289,12 +327,18 @@ def shrink_users(
     if directory is not None:
         _save(scorer, directory, directory != path, chosen != "trained")
     result = ShrinkageResult(
-        chosen, scale, step.number, mean, table, pd.DataFrame(tried), _as_spread(step.prior, basis, users),
-        captured, len(pairs.user), users, dropped, len(held.user),
+        chosen, scale, step.number, mean, table, pd.DataFrame(tried), _as_spread(step.prior, basis, users, factor),
+        captured, len(pairs.user), users, dropped, len(held.user), factor,
     )  # fmt: skip
     for line in str(result).splitlines():
         logger.info(line)
     return result
+
+
+def _is_lora(path: str | os.PathLike) -> bool:
+    return Path(path, "adapter_config.json").is_file() and isinstance(
+        PeftConfig.from_pretrained(os.fspath(path)), LoraConfig
+    )
 
 
 def _margins(passes: _Passes, held: _Pairs, moves: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
@@ -421,11 +465,15 @@ def _chosen(likelihoods: dict[str, torch.Tensor]) -> str:
     return "shrunk" if float(gain.mean()) > error else best
 
 
-def _as_spread(prior: Prior, basis: torch.Tensor, users: int) -> UserSpread:
+def _as_spread(prior: Prior, basis: torch.Tensor, users: int, factor: float) -> UserSpread:
     vectors, scales, _ = torch.linalg.svd(prior.root.double(), full_matrices=False)
     explained = scales.square().cumsum(0) / scales.square().sum()
     kept = torch.arange(len(scales)) < min(SPREAD_DIRECTIONS, int((scales > 1e-3 * scales[0]).sum()))
     directions = vectors[:, kept].T.float().to(basis) @ basis
     return UserSpread(
-        prior.mean.to(basis) @ basis, directions, scales[kept].float().to(basis), float(explained[kept][-1]), users
+        factor * prior.mean.to(basis) @ basis,
+        directions,
+        factor * scales[kept].float().to(basis),
+        float(explained[kept][-1]),
+        users,
     )

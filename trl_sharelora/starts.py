@@ -1,4 +1,4 @@
-"""Start all users from one plain LoRA: the exact copy of Algorithm 2 of P-ShareLoRA, step (b).
+"""Start all users from one plain LoRA: the exact copy of Algorithm 2 of P-ShareLoRA, step (b), into an adapter or as a new one.
 
 "Shared factor <- global one, every user's factor <- a copy of the global one", and the trained head with them. A_u is held as
 A_0 + D_u, so the copy is A_0 := A with all D_u = 0.
@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from .errors import MethodError
+from .errors import ConfigError, MethodError
 from .export import WEIGHTS_FILE
+from .scoring import default_device
 from .sharelora.bank import SlotBank
 from .sharelora.config import ShareLoraConfig
 from .sharelora.head import HEAD_MOVES, PersonalHead
@@ -31,6 +33,95 @@ _FACTOR = re.compile(r"(.+)\.lora_(A|B)\.weight")
 # what a LoRA may have beside two factors per module, and these layers do not
 _STARTS = ("gaussian", "eva", "orthogonal", "true", "false")  # draws of A and B that leave the base as it is
 _EXTRAS = ("use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "trainable_token_indices", "layer_replication")
+
+
+def from_lora(
+    lora: str | os.PathLike,
+    users: Any,
+    *,
+    share: str = "B",
+    base: nn.Module | None = None,
+    check_base: bool = True,
+    quantization_config: Any = None,
+    model_init_kwargs: dict[str, Any] | None = None,
+    device: torch.device | str | None = None,
+    **config: Any,
+) -> PeftModel:
+    """A plain LoRA as a ShareLoRA adapter in which every user is that LoRA, until [`shrink_users`] or a training moves him.
+
+    Args:
+        lora (`str` or `os.PathLike`):
+            Directory of a plain LoRA as PEFT saves it, of a reward model (with its head) or a policy.
+        users (`list[str]` or [`~trl_sharelora.users.UserRegistry`]):
+            Who gets a row.
+        share (`str`, *optional*, defaults to `"B"`):
+            See [`ShareLoraConfig`].
+        base (`~torch.nn.Module`, *optional*):
+            The model that the LoRA was trained on; it is adapted in place. By default it is loaded by the name in the LoRA's config.
+        check_base (`bool`, *optional*, defaults to `True`):
+            See [`warm_start`].
+        quantization_config, model_init_kwargs, device (*optional*):
+            How the base is loaded, as in [`~trl_sharelora.scoring.load_reward_model`].
+        **config:
+            More of [`ShareLoraConfig`]'s arguments: `personal_head`, `bank`, ...
+
+    Raises:
+        MethodError: it is no plain LoRA, or one that cannot be copied exactly, or of another base; see [`warm_start`].
+        ConfigError: neither a reward model nor a policy, and no `base`; or arguments that do not fit each other.
+
+    Example:
+
+    ```python
+    model = from_lora("rm-for-all", users=sorted(set(train["user_id"])))
+    shrink_users(model, train, tokenizer, validation=held_out)
+    model.save_pretrained("rm-per-user")
+    ```
+    """
+    lora = Path(lora)
+    found = _read_lora(lora)
+    if base is None:
+        loaders = {"SEQ_CLS": AutoModelForSequenceClassification, "CAUSAL_LM": AutoModelForCausalLM}
+        loader = loaders.get(str(found.task_type))
+        if loader is None or not found.base_model_name_or_path:
+            raise ConfigError(
+                f"The LoRA in {lora} is for task_type={found.task_type!r} of base {found.base_model_name_or_path!r}; a reward model (SEQ_CLS) or a "
+                "policy (CAUSAL_LM) that names its base can be loaded. Load the base yourself and give base=model."
+            )
+        options: dict[str, Any] = {
+            "dtype": "float32",
+            "device_map": {"": default_device() if device is None else device},
+        }
+        options |= {"num_labels": 1} if found.task_type == "SEQ_CLS" else {}
+        base = loader.from_pretrained(
+            found.base_model_name_or_path,
+            quantization_config=quantization_config,
+            **(options | (model_init_kwargs or {})),
+        )
+    alike = {
+        name: getattr(found, name)
+        for name in (
+            "task_type",
+            "r",
+            "lora_alpha",
+            "lora_dropout",
+            "use_rslora",
+            "fan_in_fan_out",
+            "target_modules",
+            "exclude_modules",
+            "layers_to_transform",
+            "layers_pattern",
+            "modules_to_save",
+        )
+    }
+    alike["target_modules"] = _plain(found.target_modules)
+    alike["exclude_modules"] = _plain(found.exclude_modules)
+    model = get_peft_model(base, ShareLoraConfig(**(alike | {"share": share, "users": users} | config)))
+    warm_start(model, lora, check_base=check_base)
+    return model.eval()
+
+
+def _plain(names: Any) -> Any:
+    return sorted(names) if isinstance(names, set) else names
 
 
 def warm_start(model: Any, lora: str | os.PathLike, adapter_name: str = "default", check_base: bool = True) -> None:
@@ -93,7 +184,7 @@ def warm_start(model: Any, lora: str | os.PathLike, adapter_name: str = "default
     logger.info("%d modules of %d users start from %s.", len(layers), len(config.users), lora)
 
 
-def _read_config(lora: Path, config: ShareLoraConfig, check_base: bool) -> LoraConfig:
+def _read_lora(lora: Path) -> LoraConfig:
     if not (lora / "adapter_config.json").is_file() or not (lora / WEIGHTS_FILE).is_file():
         raise MethodError(
             f"{lora} is not the directory of a saved LoRA: adapter_config.json and {WEIGHTS_FILE} are needed. For a run of TRL's trainer "
@@ -107,6 +198,11 @@ def _read_config(lora: Path, config: ShareLoraConfig, check_base: bool) -> LoraC
         raise MethodError(
             f"{lora} holds a {type(found).__name__}; a plain LoRA (LoraConfig) is needed{'; ' if what else ''}{what}."
         )
+    return found
+
+
+def _read_config(lora: Path, config: ShareLoraConfig, check_base: bool) -> LoraConfig:
+    found = _read_lora(lora)
     extras = [name for name in _EXTRAS if getattr(found, name, None)]
     start = found.init_lora_weights
     if isinstance(start, str) and start.lower() not in _STARTS:
