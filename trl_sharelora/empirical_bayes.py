@@ -107,13 +107,13 @@ def _climbed(
     return point, linear, now
 
 
-def _laplace(kernel: torch.Tensor, offsets: torch.Tensor, mask: torch.Tensor) -> _Posterior:
+def _laplace(kernel: torch.Tensor, offsets: torch.Tensor, mask: torch.Tensor, start: torch.Tensor) -> _Posterior:
     """Modes of `sum log sigmoid(offset + f) - f' K^-1 f / 2` for many users.
 
     Args:
-        kernel (`(users, n, n)`), offsets (`(users, n)`), mask (`(users, n)`, 0 where there is no comparison): float64.
+        kernel (`(users, n, n)`), offsets (`(users, n)`), mask (`(users, n)`, 0 where there is no comparison), start (`(users, n)`, the first weights):
+            float64.
     """
-    weights = torch.zeros_like(offsets)
     eye = torch.eye(offsets.shape[1], dtype=kernel.dtype, device=kernel.device)
 
     def value(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,38 +131,40 @@ def _laplace(kernel: torch.Tensor, offsets: torch.Tensor, mask: torch.Tensor) ->
         inner = root * (kernel @ b[..., None]).squeeze(2)
         return b - root * torch.cholesky_solve(inner[..., None], factor).squeeze(2) - weights
 
-    weights, f, now = _climbed(weights, value, direction)
+    weights, f, now = _climbed(start, value, direction)
     _, root, factor = curved(f)
     spread = root[:, :, None] * torch.cholesky_inverse(factor) * root[:, None, :]
     return _Posterior(weights, spread, now - factor.diagonal(dim1=1, dim2=2).log().sum(1))
 
 
 def _laplace_of_many(
-    x: torch.Tensor, offsets: torch.Tensor, mask: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The same for users with more comparisons `n` than entries `m`, in the entries: modes `(users, m)`, covariances, evidence.
+    x: torch.Tensor, offsets: torch.Tensor, mask: torch.Tensor, start: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same for users with more comparisons `n` than entries `m`, in the entries: weights `(users, n)`, modes `(users, m)`, covariances, evidence.
 
     Args:
-        x (`(users, n, m)`), offsets (`(users, n)`), mask (`(users, n)`): float64.
+        x (`(users, n, m)`, float32), offsets, mask, start (`(users, n)`, float64).
     """
-    y = x.new_zeros(len(x), x.shape[2])
-    eye = torch.eye(x.shape[2], dtype=x.dtype, device=x.device)
+    exact = x.double()
+    eye = torch.eye(x.shape[2], dtype=exact.dtype, device=x.device)
 
     def value(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        margins = offsets + (x @ y[..., None]).squeeze(2)
+        margins = offsets + (exact @ y[..., None]).squeeze(2)
         return margins, (mask * F.logsigmoid(margins)).sum(1) - y.square().sum(1) / 2
 
     def curved(margins: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gradient = mask * torch.sigmoid(-margins)
-        return gradient, torch.linalg.cholesky(eye + x.mT @ ((gradient * torch.sigmoid(margins))[..., None] * x))
+        # nearly all of the time goes here, and what it is for needs no more than float32
+        weighted = (gradient * torch.sigmoid(margins)).float()[..., None] * x
+        return gradient, torch.linalg.cholesky(eye + (x.mT @ weighted).double())
 
     def direction(y: torch.Tensor, margins: torch.Tensor) -> torch.Tensor:
         gradient, factor = curved(margins)
-        return torch.cholesky_solve((x.mT @ gradient[..., None]) - y[..., None], factor).squeeze(2)
+        return torch.cholesky_solve((exact.mT @ gradient[..., None]) - y[..., None], factor).squeeze(2)
 
-    y, margins, now = _climbed(y, value, direction)
-    _, factor = curved(margins)
-    return y, torch.cholesky_inverse(factor), now - factor.diagonal(dim1=1, dim2=2).log().sum(1)
+    y, margins, now = _climbed((exact.mT @ start[..., None]).squeeze(2), value, direction)
+    gradient, factor = curved(margins)
+    return gradient, y, torch.cholesky_inverse(factor), now - factor.diagonal(dim1=1, dim2=2).log().sum(1)
 
 
 class Comparisons:
@@ -200,6 +202,8 @@ class Comparisons:
                 f"{int(bad.sum())} of {n} comparisons have NaN or infinite margins or gradients, the first is number {int(bad.nonzero()[0])}."
             )
         self.features, self.offsets, self.user, self.n_users = features.float(), offsets.double(), user, n_users
+        # how far each comparison pulls at the last mode: the next one, under another prior, is near it
+        self.pull = torch.zeros(n, dtype=torch.float64)
         counts = torch.bincount(user, minlength=n_users)
         order = torch.argsort(user, stable=True)
         starts = counts.cumsum(0) - counts
@@ -209,7 +213,7 @@ class Comparisons:
             size, kept = 0, 0
             for number, one in enumerate(by_size, 1):  # the largest of a chunk is its last
                 size = number * int(counts[one]) * max(features.shape[1], int(counts[one]))
-                if kept and (size > CHUNK or counts[one] > 4 * counts[by_size[0]] + 16):
+                if kept and (size > CHUNK or counts[one] > 1.5 * counts[by_size[0]] + 8):
                     break
                 kept = number
             some, by_size = torch.tensor(by_size[:kept]), by_size[kept:]
@@ -227,15 +231,18 @@ class Comparisons:
         for some, rows, mask in self.chunks:
             x = (self.features[rows.flatten()] @ prior.root.float()).unflatten(0, rows.shape) * mask[..., None].float()
             seen += len(some)
+            given, start = mask.bool(), mask * self.pull[rows]
             if x.shape[1] > m:
-                modes, covariances, evidences = _laplace_of_many(x.double(), offsets[rows], mask)
+                pull, modes, covariances, evidences = _laplace_of_many(x, offsets[rows], mask, start)
+                self.pull[rows[given]] = pull[given]
                 y[some] = modes.float()
                 evidence += float(evidences.sum())
                 if second is not None:
                     second += covariances.sum(0) - len(some) * torch.eye(m, dtype=torch.float64)
                 continue
             wide = x.double() if x.numel() < CHUNK // 8 else x
-            found = _laplace((wide @ wide.mT).double(), offsets[rows], mask)
+            found = _laplace((wide @ wide.mT).double(), offsets[rows], mask, start)
+            self.pull[rows[given]] = found.weights[given]
             y[some] = (x.mT @ found.weights.float()[..., None]).squeeze(2)
             evidence += float(found.evidence.sum())
             if second is not None:
