@@ -17,9 +17,11 @@ Three questions are asked of each file:
 - `new_items`: known users, statements or prompts nobody in training has seen, nor near-duplicates of them.
 - `new_users`: a quarter of the users (100 at most) are not in the training and give 0 to 100 answers.
 
-Of each method's few settings (in TRIALS) the one with the best mean accuracy over users on validation is taken, for linear methods and `shrink_users` on
-each seed's own, for trainings on the first seed's (of polis_bowling_green: of its subset polis_bowling_green.300); test is scored once per seed with it.
-Splits of other seeds overlap: a test row of one may have been a validation row of the first, by which the settings of trainings were chosen.
+Of each method's few settings (in TRIALS) the one with the best mean accuracy over users on validation is taken, for linear methods on each seed's own, for
+trainings on the first seed's (of polis_bowling_green: of its subset polis_bowling_green.300), and the form of ShareLoRA on the first seed's too. `shrink_users` and the
+learned prior go by the likelihood of each seed's validation. Test is scored once per seed. Splits of other seeds overlap: a test row of one may have been a
+validation row of the first. Newcomers' methods are chosen on the others' validation rows, but the setting of the common LoRA is that of `seen`, for which
+they were known users. The trainings of ShareLoRA have one setting each, from earlier trials on a narrower base (docs/log.md).
 """
 
 import argparse

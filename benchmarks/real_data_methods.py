@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, BertConfig, PreTrainedModel, PrinterCallback
 from transformers.modeling_outputs import SequenceClassifierOutput
 from trl import RewardConfig, RewardTrainer
 
-from trl_sharelora import ShareLoraConfig, ShareLoraRewardConfig, ShareLoraRewardTrainer, evaluate_users, warm_start
+from trl_sharelora import ShareLoraConfig, ShareLoraRewardConfig, ShareLoraRewardTrainer, evaluate_users, from_lora
 from trl_sharelora.empirical_bayes import Comparisons, Prior, learn_prior
 from trl_sharelora.shrinkage import ShrinkageResult, shrink_users
 
@@ -297,16 +297,10 @@ class Trained:
 
     def as_sharelora(self, lora: PreTrainedModel) -> PreTrainedModel:
         """The common LoRA as the start of all users: the same model, with a row for each of them."""
-        torch.manual_seed(0)
-        config = ShareLoraConfig(
-            task_type="SEQ_CLS", share="B", r=8, lora_alpha=8, target_modules=["projection"], users=self.users
-        )
         head = torch.zeros(self.features.shape[1] + WIDTH)  # the LoRA brings its own
-        model = get_peft_model(TextReward(self.config, self.features, head), config)
         with tempfile.TemporaryDirectory() as folder:
             lora.save_pretrained(folder, save_embedding_layers=False)  # there are none to look for
-            warm_start(model, folder, check_base=False)
-        return model.eval()
+            return from_lora(folder, self.users, base=TextReward(self.config, self.features, head), check_base=False)
 
     def margins(self, model: PreTrainedModel) -> Margins:
         def margins(rows: Rows) -> np.ndarray:

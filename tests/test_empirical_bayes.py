@@ -83,10 +83,11 @@ def test_padding_and_chunks_do_not_matter(monkeypatch):
 def test_what_was_solved_before_does_not_matter(k):
     """It is where the search begins, and no more."""
     x, offset, user, _ = people(8, 9, k, 0.5 * np.eye(k))
-    problem, prior = comparisons(x, offset, user, 8), Prior(torch.zeros(k), 0.4 * torch.eye(k))
-    problem.solve(Prior(torch.ones(k), 3 * torch.eye(k)))
-    for one, other in zip(problem.solve(prior), comparisons(x, offset, user, 8).solve(prior), strict=True):
-        torch.testing.assert_close(torch.as_tensor(one), torch.as_tensor(other), atol=2e-4, rtol=1e-4)
+    for first, then in ((3, 0.4), (0.02, 6)):
+        problem, prior = comparisons(x, offset, user, 8), Prior(torch.zeros(k), then * torch.eye(k))
+        problem.solve(Prior(torch.ones(k), first * torch.eye(k)))
+        for one, other in zip(problem.solve(prior), comparisons(x, offset, user, 8).solve(prior), strict=True):
+            torch.testing.assert_close(torch.as_tensor(one), torch.as_tensor(other), atol=2e-3, rtol=1e-3)
 
 
 def test_em_finds_the_directions_users_differ_in():

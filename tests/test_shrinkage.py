@@ -13,9 +13,19 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, BertConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from trl_sharelora import ShareLoraConfig, add_users, evaluate_users, fit_users, from_lora, shrink_users, use_users
+from trl_sharelora import (
+    ShareLoraConfig,
+    add_users,
+    evaluate_users,
+    fit_users,
+    from_lora,
+    shrink_users,
+    shrinkage,
+    use_users,
+)
 from trl_sharelora.cli import main
 from trl_sharelora.confidence import fit_confidence
+from trl_sharelora.empirical_bayes import Prior
 from trl_sharelora.errors import ConfigError, DataError, NonFiniteError, UnknownUserError
 from trl_sharelora.new_users import UserSpread, _UserMoves
 from trl_sharelora.scoring import load_reward_model
@@ -283,6 +293,7 @@ def test_a_plain_lora_gets_a_row_per_user(tmp_path, capsys):
         for user in "abcdefgh"
         for row in preference_rows(["x"], n, seed=1)
     ]  # fmt: skip
+    rows += [{**rows[0], "user_id": "i", "split": "validation"}]  # of whom nothing was learned
     Dataset.from_list(rows).to_json(tmp_path / "rows.jsonl")
     command = ["shrink-users", "--model_name_or_path", str(lora), "--use_cpu", "--dataset_name", str(tmp_path / "rows.jsonl")]  # fmt: skip
     command += ["--dataset_split", "train", "--validation_split", "validation"]
@@ -291,16 +302,96 @@ def test_a_plain_lora_gets_a_row_per_user(tmp_path, capsys):
     )
     assert main([*command, "--output_dir", str(out)]) == 0
     said = capsys.readouterr().out
-    assert "in the model now: shrunk" in said and "0.125 of the moves, for the model is not linear in them" in said
+    assert (
+        "on 120 held out" in said
+        and "in the model now: shrunk" in said
+        and "0.125 of the moves, for the model is not linear in them" in said
+    )
     assert {path.name: path.read_bytes() for path in lora.iterdir()} == before
     train = Dataset.from_list([row for row in rows if row["split"] == "train"])
     model, tokenizer = load_reward_model(str(out), device="cpu")
     common = from_lora(lora, list("abcdefgh"), device="cpu")
-    common.config.pad_token_id = tokenizer.pad_token_id
     assert accuracy(common, train) == 0.5 and accuracy(model, train) > 0.7
     with torch.no_grad(), use_users(model, ["nobody"] * 2, unseen="common"), use_users(common, ["a"] * 2):
         ids = torch.arange(10, 22).reshape(2, 6)
         torch.testing.assert_close(model(input_ids=ids).logits, common(input_ids=ids).logits)
+
+
+def test_without_a_tokenizer_or_with_a_torn_config_it_says_so(tmp_path):
+    base, lora = save_tiny("llama", tmp_path / "base"), tmp_path / "lora"
+    config = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"])
+    get_peft_model(AutoModelForSequenceClassification.from_pretrained(base, num_labels=1), config).save_pretrained(
+        lora
+    )
+    rows = Dataset.from_list(preference_rows(["a", "b"], 20))
+    with pytest.raises(ConfigError, match="No tokenizer can be read from .*give processing_class=tokenizer"):
+        shrink_users(lora, rows, output_dir=tmp_path / "out")
+    (lora / "adapter_config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ConfigError, match="No ShareLoRA adapter can be read from .*lora"):
+        shrink_users(lora, rows, TOKENIZER, output_dir=tmp_path / "out")
+
+
+def tanh_model():
+    """The linear model with a tanh between the layer and the head."""
+    model = linear_model()
+    layer = model.get_base_model().projection
+    layer.register_forward_hook(lambda module, inputs, output: 2 * torch.tanh(output / 2))
+    return model
+
+
+def test_where_the_model_is_not_linear_each_user_ends_at_the_mode_of_the_real_one(monkeypatch):
+    """Gauss-Newton steps against scipy on the real model's likelihood and the same prior, all entries free."""
+    model = tanh_model()
+    train, held = world(model, 3.0, 40), world(model, 3.0, 20, seed=2)
+    scorer = shrinkage._open(model, TOKENIZER, 64, {})[0]
+    passes = shrinkage._Passes(scorer)
+    pairs = shrinkage._tokenised(train, scorer.users.index(train["user_id"]), scorer, None)[1]
+    basis, prior = torch.eye(12), Prior(torch.zeros(12), 0.3 * torch.eye(12))
+    own = torch.zeros(30, 12)
+    for _ in range(12):
+        own = shrinkage._again(passes, pairs, own, basis, prior)
+    mine = pairs.of(pairs.user == 4)
+    mine.user = torch.zeros_like(mine.user)
+
+    def loss(z):
+        margins = passes.margins(mine, torch.tensor(z, dtype=torch.float32)[None])
+        return float(-torch.nn.functional.logsigmoid(margins).sum()) + z @ z / 2 / 0.3**2
+
+    best = optimize.minimize(loss, own[4].numpy(), method="Nelder-Mead", options={"maxiter": 3000, "fatol": 1e-7, "xatol": 1e-4})  # fmt: skip
+    assert loss(own[4].numpy()) < best.fun + 1e-3 and np.abs(own[4].numpy()).max() > 0.05
+    model = tanh_model()
+    train, held = world(model, 1.5, 40), world(model, 1.5, 20, seed=2)
+    result = shrink_users(model, train, TOKENIZER, validation=held)
+    monkeypatch.setattr(shrinkage, "ROUNDS", 0)
+    once = shrink_users(tanh_model(), train, TOKENIZER, validation=held)
+    assert result.rounds >= 1 and once.rounds == 0 and result.chosen == once.chosen == "shrunk"
+    gains = [one.table.set_index("state")["log_likelihood"]["shrunk"] for one in (once, result)]
+    assert gains[1] > gains[0]
+
+
+def test_on_a_linear_model_moves_are_not_halved_however_little_they_gain():
+    model = linear_model()
+    train, held = world(model, 0.0, 12), world(model, 0.0, 12, seed=22)
+    result = shrink_users(model, train, TOKENIZER, validation=held, scale=4.0, steps=0)
+    assert result.factor == 1 and result.rounds == 0 and result.chosen != "shrunk"
+
+
+def test_moves_that_overflow_are_halved(monkeypatch):
+    model = linear_model()
+    train, held = world(model, 2.0, 12), world(model, 2.0, 12, seed=2)
+    real, calls = shrinkage._margins, []
+
+    def overflowing(passes, pairs, moves):
+        calls.append(moves)
+        found = real(passes, pairs, moves)
+        return found * float("nan") if len(calls) == 3 else found  # common, trained, then all of the moves
+
+    monkeypatch.setattr(shrinkage, "_margins", overflowing)
+    result = shrink_users(model, train, TOKENIZER, validation=held)
+    assert result.factor == 0.5 and result.chosen == "shrunk"
+    monkeypatch.setattr(shrinkage, "_margins", lambda passes, pairs, moves: real(passes, pairs, moves) * float("nan"))
+    with pytest.raises(NonFiniteError, match="at an eighth of the moves too"):
+        shrink_users(model, train, TOKENIZER, validation=held)
 
 
 def test_a_spread_of_another_adapter_is_refused():

@@ -7,6 +7,7 @@ import torch
 from helpers import save_tiny, tiny_causal, tiny_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
 
 from trl_sharelora import ShareLoraConfig, use_users
 from trl_sharelora.errors import ConfigError, MethodError
@@ -76,12 +77,38 @@ def test_a_lora_becomes_an_adapter_with_a_row_per_user(causal, tmp_path):
     assert (tmp_path / "saved" / "users.json").is_file()
 
 
+def test_the_revision_of_the_base_stays(tmp_path, monkeypatch):
+    path = save_tiny("llama", tmp_path / "base")
+    base = tiny_model()
+    base.name_or_path = path
+    plain(tmp_path / "lora", base, revision="abc123")
+    asked = []
+    real = AutoModelForSequenceClassification.from_pretrained
+    monkeypatch.setattr(
+        AutoModelForSequenceClassification,
+        "from_pretrained",
+        lambda *args, **kwargs: (asked.append(kwargs["revision"]), real(*args, **{**kwargs, "revision": "main"}))[1],
+    )
+    model = from_lora(tmp_path / "lora", USERS, device="cpu")
+    assert asked == ["abc123"] and model.peft_config["default"].revision == "abc123"
+
+
 def test_what_is_no_lora_or_has_no_base_is_refused(tmp_path):
     with pytest.raises(MethodError, match="is not the directory of a saved LoRA"):
         from_lora(tmp_path, USERS)
     share().save_pretrained(tmp_path / "ours")
     with pytest.raises(MethodError, match="a plain LoRA .LoraConfig. is needed"):
         from_lora(tmp_path / "ours", USERS)
+    base = tiny_model()
+    plain(tmp_path / "dora", use_dora=True)
+    plain(tmp_path / "other", target_modules=["q_proj"], modules_to_save=["norm"])
+    for name, message in (("dora", "use_dora"), ("other", "norm")):
+        if name == "other":
+            config = json.loads((tmp_path / name / "adapter_config.json").read_text())
+            (tmp_path / name / "adapter_config.json").write_text(json.dumps(config | {"modules_to_save": ["score"]}))
+        with pytest.raises(MethodError, match=message):
+            from_lora(tmp_path / name, USERS, base=base)
+        assert not [key for key, _ in base.named_parameters() if "sharelora" in key or "modules_to_save" in key]
     plain(tmp_path / "lora", task_type="FEATURE_EXTRACTION", modules_to_save=["score"])
     with pytest.raises(ConfigError, match="task_type='FEATURE_EXTRACTION' .* give base=model"):
         from_lora(tmp_path / "lora", USERS)

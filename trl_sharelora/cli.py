@@ -139,7 +139,8 @@ def make_parser() -> argparse.ArgumentParser:
         "shrink-users",
         help="put every user's part where his and everybody's comparisons say it should be",
         description="After a training: learn from all comparisons how much users differ in each direction, and put every user's own part where it is "
-        "most likely under that. Only the users' own parts change, and only if held-out comparisons say it is better.",
+        "most likely under that. Only the users' own parts change, and only if held-out comparisons say it is better. The directory of a plain LoRA for all "
+        "users will do too: in --output_dir each user of the data gets a row beside it.",
     )
     _add_model_and_data(shrink_users)
     shrink_users.add_argument(
@@ -157,7 +158,9 @@ def make_parser() -> argparse.ArgumentParser:
     shrink_users.add_argument(
         "--spread_file", metavar="FILE", help="write the prior for newcomers there, for fit-users"
     )
-    shrink_users.add_argument("--output_dir", metavar="DIR", help="save the adapter there (default: where it was)")
+    shrink_users.add_argument(
+        "--output_dir", metavar="DIR", help="save the adapter there (default: where it was; needed for a plain LoRA)"
+    )
 
     usage = commands.add_parser(
         "usage",

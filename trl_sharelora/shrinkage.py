@@ -9,10 +9,12 @@ last layer), an approximation elsewhere. There the users' parts are solved for a
 model on held-out comparisons, and with `validation=` what did better there stays.
 """
 
+import json
 import logging
 import math
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +25,6 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from peft import LoraConfig, PeftConfig
 from transformers import AutoTokenizer
 
 from .confidence import CONFIDENCE_FOLDER, _open
@@ -49,8 +50,8 @@ DIRECTIONS, ENOUGH, SAMPLE = (256, 512), 0.95, 2048
 SPREAD_DIRECTIONS = 64
 # Of the moves, tried in turn where the real model does not gain half of what the linearised one promises.
 FACTORS = (1.0, 0.5, 0.25, 0.125)
-# Times the model is linearised anew at the users' moves at most, each while held-out comparisons gain. On the demo's small Llama the first gains .5 points of
-# accuracy, the second none. Not where its margins are the linear ones but for LINEAR of them.
+# Times the model is linearised anew at the users' moves at most, each while held-out comparisons gain: on the demo's small Llama from 81.9 % to 82.7 % (trained:
+# 80.9 %). Not where its margins are the linear ones but for LINEAR of them.
 ROUNDS, LINEAR = 3, 1e-3
 CAPTURED = 0.8  # of the squared gradients; below it there is a warning
 EVERY = 5  # without validation comparisons, each fifth of a user's own is held out
@@ -80,7 +81,7 @@ class ShrinkageResult:
         factor (`float`):
             Share of the moves under the first linearisation that was kept, below 1 where the model is far from linear in them.
         rounds (`int`):
-            How often the model was linearised anew, at the users' moves, and they were solved for again; 0 where it is linear.
+            How often the model was linearised anew, at the users' moves, and they were solved for again; 0 where it is linear or nothing was gained.
     """
 
     chosen: str
@@ -130,7 +131,7 @@ def shrink_users(
     """Put every user's own part where it is most likely under the differences between users, learned from all of them by EM.
 
     A forward and backward pass over a sample of the comparisons, one over all, one over those held out and a few forwards of these, and where the model is not
-    linear in the moves one to three passes more; the rest is linear algebra on the host. Users without a usable comparison here keep their rows. Saved confidence sets are of the former parts, so they are removed
+    linear in the moves up to four passes more (of the fit; without `validation` up to three of all too); the rest is linear algebra on the host. Users without a usable comparison here keep their rows. Saved confidence sets are of the former parts, so they are removed
     from the directory, with a warning.
 
     Args:
@@ -167,7 +168,8 @@ def shrink_users(
     Raises:
         DataError: there are no usable comparisons of at least two users, or a row is not one.
         UnknownUserError: a user is not in the model; see [`~trl_sharelora.new_users.fit_users`] for newcomers.
-        ConfigError: `scale` or `steps` is out of range.
+        ConfigError: `scale` or `steps` is out of range, or a plain LoRA came without an `output_dir` of its own or without a tokenizer.
+        MethodError: a plain LoRA cannot be copied exactly; see [`~trl_sharelora.from_lora`].
         NonFiniteError: a reward or gradient is NaN or infinite. In all cases nothing has been changed.
 
     Example:
@@ -185,16 +187,18 @@ def shrink_users(
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 0):
         raise ConfigError(f"steps={steps!r} came; a whole number of at least 0 is needed.")
     if isinstance(model_or_path, str | os.PathLike) and _is_lora(model_or_path):
-        if output_dir is None:
+        if output_dir is None or Path(output_dir).resolve() == Path(model_or_path).resolve():
             raise ConfigError(
                 f"{os.fspath(model_or_path)!r} holds a plain LoRA, which stays as it is; give output_dir=... for the adapter with a row per user."
             )
         check_preference_rows(comparisons, user_column, name="training")
-        users_of = UserRegistry.from_dataset(comparisons, user_column)
-        if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(model_or_path)
-        model_or_path = from_lora(model_or_path, users_of, **loading)
-        model_or_path.config.get_text_config().pad_token_id = processing_class.pad_token_id
+        registry = UserRegistry.from_dataset(comparisons, user_column)
+        if validation is not None:
+            check_preference_rows(validation, user_column, name="validation")
+            known = [number for number, row in enumerate(registry.find(validation[user_column][:])) if row >= 0]
+            validation = validation.select(known)
+        processing_class = _tokenizer(model_or_path, processing_class)
+        model_or_path = from_lora(model_or_path, registry, processing_class=processing_class, **loading)
     scorer, path = _open(model_or_path, processing_class, batch_size, loading)
     directory = os.fspath(output_dir) if output_dir is not None else path
     if output_dir is None and directory is not None and not Path(directory).is_dir():
@@ -261,7 +265,7 @@ def shrink_users(
         nonlocal best
         states = _steps(fit, scale / size, most, with_mean)
         peak, since = -math.inf, 0
-        for step in states if steps is None else list(states)[-1:]:
+        for step in states if steps is None else deque(states, maxlen=1):
             accuracy, by_user = _judged(
                 held_margins + (held_features * step.users[held.user]).sum(1).double(), held.user
             )
@@ -310,13 +314,20 @@ def shrink_users(
     for factor in FACTORS:
         own = factor * step.users
         real_margins = _margins(passes, held, ways["shrunk"])
-        real = _judged(real_margins, held.user)
-        curved |= not torch.allclose(real_margins, held_margins + factor * along, rtol=LINEAR, atol=LINEAR)
+        if not bool(real_margins.isfinite().all()):
+            continue
+        real, linear = _judged(real_margins, held.user), held_margins + factor * along
+        curved = not torch.allclose(real_margins, linear, rtol=LINEAR, atol=LINEAR)
         if "shrunk" not in found or float(real[1].mean()) > float(found["shrunk"][1].mean()):
             found["shrunk"], kept = real, factor
-        promised = float(_judged(held_margins + factor * along, held.user)[1].mean()) - common
-        if float(real[1].mean()) - common >= promised / 2:
+        promised = float(_judged(linear, held.user)[1].mean()) - common
+        if not curved or promised <= 0 or float(real[1].mean()) - common >= promised / 2:
             break  # as far as the linearised model holds
+    if "shrunk" not in found:
+        raise NonFiniteError(
+            "The rewards at the users' moves are NaN or infinite, at an eighth of the moves too. Does the base's dtype overflow? (Load it in "
+            "float32 or bfloat16.) Nothing has been changed."
+        )
     own, prior = kept * step.users, Prior(kept * prior.mean, kept * prior.root)
     rounds, fitted = 0, pairs.of(fitted_on)
     while curved and rounds < ROUNDS:
@@ -339,8 +350,9 @@ def shrink_users(
         )
         # they count too, now that nothing is chosen by them any more
         for again in _steps(Comparisons(features, margins, pairs.user, users), scale / size, step.number, mean):
-            own, prior = kept * again.users, Prior(kept * again.prior.mean, kept * again.prior.root)
-        for _ in range(rounds):
+            step = again
+        own, prior = kept * step.users, Prior(kept * step.prior.mean, kept * step.prior.root)
+        for _ in range(rounds if chosen == "shrunk" else 0):
             own = _again(passes, pairs, own, basis, prior)
     if chosen != "trained":
         for user, row in enumerate(rows):
@@ -357,9 +369,21 @@ def shrink_users(
 
 
 def _is_lora(path: str | os.PathLike) -> bool:
-    return Path(path, "adapter_config.json").is_file() and isinstance(
-        PeftConfig.from_pretrained(os.fspath(path)), LoraConfig
-    )
+    try:
+        return json.loads(Path(path, "adapter_config.json").read_bytes())["peft_type"] == "LORA"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # whoever reads it says what is wrong
+
+
+def _tokenizer(path: str | os.PathLike, processing_class: Any) -> Any:
+    if processing_class is not None:
+        return processing_class
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"No tokenizer can be read from {os.fspath(path)!r} ({str(error).splitlines()[0]}); give processing_class=tokenizer, or save it there."
+        ) from error
 
 
 def _portions(passes: _Passes, pairs: _Pairs) -> Iterator[tuple[torch.Tensor, torch.Tensor, _Pairs]]:
@@ -381,14 +405,14 @@ def _margins(passes: _Passes, pairs: _Pairs, moves: Callable[[torch.Tensor], tor
 
 def _again(passes: _Passes, pairs: _Pairs, own: torch.Tensor, basis: torch.Tensor, prior: Prior) -> torch.Tensor:
     """Every user's part `(users, k)` under the prior and the model linearised at the parts `own` `(users, k)`: a step of Gauss and Newton."""
-    margins = torch.empty(len(pairs.user), dtype=torch.float64)
+    offsets = torch.empty(len(pairs.user), dtype=torch.float64)
     features = torch.empty(len(pairs.user), len(basis))
     for some, mine, part in _portions(passes, pairs):
-        margins[mine], gradients = passes.linearise(part, own[some].to(basis) @ basis, basis)
+        margins, gradients = passes.linearise(part, own[some].to(basis) @ basis, basis)
         features[mine] = gradients.float()
-    if not bool(margins.isfinite().all() and features.isfinite().all()):
+        offsets[mine] = margins - (gradients * own[some][part.user].double()).sum(1)
+    if not bool(offsets.isfinite().all() and features.isfinite().all()):
         return own
-    offsets = margins - (features * own[pairs.user]).sum(1).double()
     y, _, _ = Comparisons(features, offsets, pairs.user, len(own)).solve(prior, moments=False)
     return prior.mean + y @ prior.root.T
 
@@ -452,7 +476,7 @@ def _directions(passes: _Passes, pairs: _Pairs) -> tuple[torch.Tensor, float]:
     for directions in DIRECTIONS:
         basis = torch.linalg.qr((vectors[:, :directions].T.float() @ used).T)[0].T.contiguous()
         captured = float((gradients[unseen] @ basis.T).square().sum()) / total if total else 1.0
-        if captured >= ENOUGH:
+        if captured >= ENOUGH or directions >= vectors.shape[1]:
             break
     if captured < CAPTURED:
         logger.warning(

@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from .errors import ConfigError, MethodError
 from .export import WEIGHTS_FILE
@@ -41,6 +41,7 @@ def from_lora(
     *,
     share: str = "B",
     base: nn.Module | None = None,
+    processing_class: Any = None,
     check_base: bool = True,
     quantization_config: Any = None,
     model_init_kwargs: dict[str, Any] | None = None,
@@ -58,6 +59,9 @@ def from_lora(
             See [`ShareLoraConfig`].
         base (`~torch.nn.Module`, *optional*):
             The model that the LoRA was trained on; it is adapted in place. By default it is loaded by the name in the LoRA's config.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Whose pad token the base's config gets: a decoder's reward is read before the padding. By default the tokenizer saved with the LoRA,
+            if one is.
         check_base (`bool`, *optional*, defaults to `True`):
             See [`warm_start`].
         quantization_config, model_init_kwargs, device (*optional*):
@@ -95,7 +99,7 @@ def from_lora(
         base = loader.from_pretrained(
             found.base_model_name_or_path,
             quantization_config=quantization_config,
-            **(options | (model_init_kwargs or {})),
+            **({"revision": found.revision or "main"} | options | (model_init_kwargs or {})),
         )
     alike = {
         name: getattr(found, name)
@@ -111,12 +115,21 @@ def from_lora(
             "layers_to_transform",
             "layers_pattern",
             "modules_to_save",
+            "revision",
         )
     }
     alike["target_modules"] = _plain(found.target_modules)
     alike["exclude_modules"] = _plain(found.exclude_modules)
     model = get_peft_model(base, ShareLoraConfig(**(alike | {"share": share, "users": users} | config)))
-    warm_start(model, lora, check_base=check_base)
+    try:
+        warm_start(model, lora, check_base=check_base)
+    except MethodError:
+        model.unload()  # `base` is as it came
+        raise
+    if processing_class is None and (lora / "tokenizer_config.json").is_file():
+        processing_class = AutoTokenizer.from_pretrained(lora)
+    if processing_class is not None:
+        model.config.get_text_config().pad_token_id = processing_class.pad_token_id
     return model.eval()
 
 
@@ -198,11 +211,6 @@ def _read_lora(lora: Path) -> LoraConfig:
         raise MethodError(
             f"{lora} holds a {type(found).__name__}; a plain LoRA (LoraConfig) is needed{'; ' if what else ''}{what}."
         )
-    return found
-
-
-def _read_config(lora: Path, config: ShareLoraConfig, check_base: bool) -> LoraConfig:
-    found = _read_lora(lora)
     extras = [name for name in _EXTRAS if getattr(found, name, None)]
     start = found.init_lora_weights
     if isinstance(start, str) and start.lower() not in _STARTS:
@@ -215,6 +223,11 @@ def _read_config(lora: Path, config: ShareLoraConfig, check_base: bool) -> LoraC
             f"The LoRA in {lora} has {', '.join(extras) or f'bias={found.bias!r}'}, which ShareLoRA does not have; it could not be copied "
             "exactly. Train a plain one."
         )
+    return found
+
+
+def _read_config(lora: Path, config: ShareLoraConfig, check_base: bool) -> LoraConfig:
+    found = _read_lora(lora)
     scaling = found.lora_alpha / (found.r**0.5 if found.use_rslora else found.r)
     if found.r != config.r or abs(scaling - config.scaling) > 1e-9 * scaling:
         raise MethodError(
