@@ -742,3 +742,16 @@ def test_a_plain_list_becomes_one_of_pseudonyms_row_by_row(tmp_path):
         keyed.pseudonymised(KEY)
     with pytest.raises(ConfigError, match="There is no key"):
         plain.pseudonymised()
+
+
+def test_with_a_key_in_the_environment_no_message_shows_an_id(monkeypatch):
+    """Also before there is a registry, as where a file is read."""
+    for value in (1.25, "name@example.org" * 40, "ann\ud800"):
+        with pytest.raises(UserIdError) as shown:
+            user_id_as_text(value)
+        with monkeypatch.context() as patch:
+            patch.setenv("SHARELORA_USER_KEY", "k" * 32)
+            with pytest.raises(UserIdError) as hidden:
+                user_id_as_text(value)
+        assert ("1.25" in str(shown.value)) or ("name@" in str(shown.value)) or ("ann" in str(shown.value))
+        assert not any(part in str(hidden.value) for part in ("1.25", "name@", "ann"))

@@ -105,7 +105,7 @@ def read_user_key(key: bytes | str | os.PathLike | None = None) -> bytes | None:
     return key
 
 
-def user_id_as_text(value: Any, where: str = "", hidden: bool = False) -> str:
+def user_id_as_text(value: Any, where: str = "", hidden: bool | None = None) -> str:
     """The one text form of a user id.
 
     Text is taken as it is; an integer is written in decimal. Everything else is refused, because the usual ways to lose
@@ -116,12 +116,14 @@ def user_id_as_text(value: Any, where: str = "", hidden: bool = False) -> str:
             The id as it came.
         where (`str`, *optional*):
             Where it was found, for the message ("row 17 of column 'user_id'").
-        hidden (`bool`, *optional*, defaults to `False`):
-            Leave the value out of the message.
+        hidden (`bool`, *optional*):
+            Leave the value out of the message; by default if the environment holds a key: then ids are for no log.
 
     Raises:
         UserIdError: `value` is a float, a bool, None, blank, longer than 256 bytes or not valid Unicode.
     """
+    if hidden is None:
+        hidden = any(os.environ.get(name) for name in (KEY_VARIABLE, KEY_FILE_VARIABLE))
     at = f" at {where}" if where else ""
     shown = "(not shown)" if hidden else repr(value)
     if isinstance(value, str):
