@@ -258,7 +258,7 @@ def draw_newcomers(results: dict[str, list[dict[str, Any]]], path: Path) -> None
     columns = min(3, len(results))
     rows = -(-len(results) // columns)
     figure, grid = plt.subplots(
-        rows, columns, figsize=(3.6 * columns, 2.6 * rows + 0.7), squeeze=False, constrained_layout=True
+        rows, columns, figsize=(max(7.2, 3.6 * columns), 2.6 * rows + 1), squeeze=False, constrained_layout=True
     )
     for axes in grid.flat[len(results) :]:
         axes.axis("off")
@@ -280,7 +280,8 @@ def draw_newcomers(results: dict[str, list[dict[str, Any]]], path: Path) -> None
         axes.grid(alpha=0.3)
     handles, labels = grid.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=7)
-    figure.supxlabel("answers of the newcomer", fontsize=8)
+    for axes in grid[-1]:  # not of the figure: its legend would lie on it
+        axes.set_xlabel("answers of the newcomer", fontsize=8)
     figure.supylabel("accuracy, mean over newcomers, %", fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -255,41 +255,13 @@ def shrink_users(
             "No comparison depends on the users' own parts (B is zero, or the texts are all alike), so there is nothing to shrink. Was the model trained? "
             "Nothing has been changed."
         )
-    scales = SCALES if scale is None else (scale,)
-    most = STEPS if steps is None else steps
     fit = Comparisons(features[fitted_on], margins[fitted_on], pairs.user[fitted_on], users)
-    tried: list[dict[str, float]] = []
-    best: tuple[float, float, bool, Step] | None = None
-
-    def climb(scale: float, with_mean: bool) -> None:
-        nonlocal best
-        states = _steps(fit, scale / size, most, with_mean)
-        peak, since = -math.inf, 0
-        for step in states if steps is None else deque(states, maxlen=1):
-            accuracy, by_user = _judged(
-                held_margins + (held_features * step.users[held.user]).sum(1).double(), held.user
-            )
-            likelihood = float(by_user.mean())
-            tried.append(
-                {
-                    "scale": scale,
-                    "steps": step.number,
-                    "mean": with_mean,
-                    "accuracy": accuracy,
-                    "log_likelihood": likelihood,
-                    "evidence": step.evidence,
-                }
-            )
-            if best is None or likelihood > best[0]:
-                best = likelihood, scale, with_mean, step
-            peak, since = (likelihood, 0) if likelihood > peak else (peak, since + 1)
-            if since == PATIENCE:
-                return
-
-    for one in scales:
-        climb(one, True if mean is None else mean)
-    if mean is None and best is not None:
-        climb(best[1], False)
+    search = _Search(fit, held, held_margins, held_features, size)
+    for one in SCALES if scale is None else (scale,):
+        search.climb(one, mean is not False, steps)
+    if mean is None and search.best is not None:
+        search.climb(search.best[1], False, steps)
+    best = search.best
     if best is None:
         raise NonFiniteError(
             "The evidence is no number at any scale: margins or gradients are too large for it. Has the training diverged? Nothing has been changed."
@@ -308,35 +280,9 @@ def shrink_users(
         for state in ("common", "trained")
         if state != "trained" or own_validation
     }
-    common = float(found["common"][1].mean())
-    along = (held_features * step.users[held.user]).sum(1).double()
-    kept, curved = 1.0, False
-    for factor in FACTORS:
-        own = factor * step.users
-        real_margins = _margins(passes, held, ways["shrunk"])
-        if not bool(real_margins.isfinite().all()):
-            continue
-        real, linear = _judged(real_margins, held.user), held_margins + factor * along
-        curved = not torch.allclose(real_margins, linear, rtol=LINEAR, atol=LINEAR)
-        if "shrunk" not in found or float(real[1].mean()) > float(found["shrunk"][1].mean()):
-            found["shrunk"], kept = real, factor
-        promised = float(_judged(linear, held.user)[1].mean()) - common
-        if not curved or promised <= 0 or float(real[1].mean()) - common >= promised / 2:
-            break  # as far as the linearised model holds
-    if "shrunk" not in found:
-        raise NonFiniteError(
-            "The rewards at the users' moves are NaN or infinite, at an eighth of the moves too. Does the base's dtype overflow? (Load it in "
-            "float32 or bfloat16.) Nothing has been changed."
-        )
-    own, prior = kept * step.users, Prior(kept * prior.mean, kept * prior.root)
-    rounds, fitted = 0, pairs.of(fitted_on)
-    while curved and rounds < ROUNDS:
-        before, own = own, _again(passes, fitted, own, basis, prior)
-        real = _judged(_margins(passes, held, ways["shrunk"]), held.user)
-        if not float(real[1].mean()) > float(found["shrunk"][1].mean()):
-            own = before
-            break
-        found["shrunk"], rounds = real, rounds + 1
+    linear = _Linear(held_margins, (held_features * step.users[held.user]).sum(1).double())
+    moves = _settled(passes, pairs.of(fitted_on), held, basis, step, linear, float(found["common"][1].mean()))
+    own, prior, found["shrunk"] = moves.own, moves.prior, moves.judged
     lines = [
         {"state": state, "accuracy": accuracy, "log_likelihood": float(likelihood.mean())}
         for state, (accuracy, likelihood) in found.items()
@@ -351,8 +297,8 @@ def shrink_users(
         # they count too, now that nothing is chosen by them any more
         for again in _steps(Comparisons(features, margins, pairs.user, users), scale / size, step.number, mean):
             step = again
-        own, prior = kept * step.users, Prior(kept * step.prior.mean, kept * step.prior.root)
-        for _ in range(rounds if chosen == "shrunk" else 0):
+        own, prior = _scaled(step, moves.factor)
+        for _ in range(moves.rounds if chosen == "shrunk" else 0):
             own = _again(passes, pairs, own, basis, prior)
     if chosen != "trained":
         for user, row in enumerate(rows):
@@ -360,12 +306,108 @@ def shrink_users(
     if directory is not None:
         _save(scorer, directory, directory != path, chosen != "trained")
     result = ShrinkageResult(
-        chosen, scale, step.number, mean, table, pd.DataFrame(tried), _as_spread(prior, basis, users),
-        captured, len(pairs.user), users, dropped, len(held.user), kept, rounds,
+        chosen, scale, step.number, mean, table, pd.DataFrame(search.tried), _as_spread(prior, basis, users),
+        captured, len(pairs.user), users, dropped, len(held.user), moves.factor, moves.rounds,
     )  # fmt: skip
     for line in str(result).splitlines():
         logger.info(line)
     return result
+
+
+class _Search:
+    """Scales, EM steps and whether the mean is fitted, by the linearised model's likelihood of held-out comparisons.
+
+    Args:
+        fit ([`Comparisons`]): What is fitted.
+        held ([`_Pairs`]), margins (`(n,)`), features (`(n, k)`): What is held out, linearised.
+        size (`float`): Root mean square length of the features.
+    """
+
+    def __init__(
+        self, fit: Comparisons, held: _Pairs, margins: torch.Tensor, features: torch.Tensor, size: float
+    ) -> None:
+        self.fit, self.user, self.margins, self.features, self.size = fit, held.user, margins, features, size
+        self.tried: list[dict[str, float]] = []
+        self.best: tuple[float, float, bool, Step] | None = None  # likelihood, scale, mean fitted, state
+
+    def climb(self, scale: float, mean: bool, steps: int | None) -> None:
+        """From one scale, until [`PATIENCE`] steps in a row gain nothing; with `steps` only the state after so many counts."""
+        states = _steps(self.fit, scale / self.size, STEPS if steps is None else steps, mean)
+        peak, since = -math.inf, 0
+        for step in states if steps is None else deque(states, maxlen=1):
+            own = (self.features * step.users[self.user]).sum(1).double()
+            accuracy, by_user = _judged(self.margins + own, self.user)
+            likelihood = float(by_user.mean())
+            self.tried.append(
+                {
+                    "scale": scale,
+                    "steps": step.number,
+                    "mean": mean,
+                    "accuracy": accuracy,
+                    "log_likelihood": likelihood,
+                    "evidence": step.evidence,
+                }
+            )
+            if self.best is None or likelihood > self.best[0]:
+                self.best = likelihood, scale, mean, step
+            peak, since = (likelihood, 0) if likelihood > peak else (peak, since + 1)
+            if since == PATIENCE:
+                return
+
+
+class _Linear(NamedTuple):
+    """The linearised model on held-out comparisons: its margins without any moves, and what all of the moves add, `(n,)`."""
+
+    margins: torch.Tensor
+    along: torch.Tensor
+
+
+class _Moves(NamedTuple):
+    own: torch.Tensor  # (users, k)
+    prior: Prior
+    judged: tuple[float, torch.Tensor]
+    factor: float
+    rounds: int
+
+
+def _scaled(step: Step, factor: float) -> tuple[torch.Tensor, Prior]:
+    return factor * step.users, Prior(factor * step.prior.mean, factor * step.prior.root)
+
+
+def _settled(
+    passes: _Passes, fitted: _Pairs, held: _Pairs, basis: torch.Tensor, step: Step, linear: _Linear, common: float
+) -> _Moves:
+    """The users' parts in the real model: halved as long as it does not follow the linear one, then solved for again as long as held-out comparisons gain."""
+
+    def judged(own: torch.Tensor) -> tuple[torch.Tensor, tuple[float, torch.Tensor]]:
+        margins = _margins(passes, held, lambda some: own[some].to(basis) @ basis)
+        return margins, _judged(margins, held.user)
+
+    best: _Moves | None = None
+    for factor in FACTORS:
+        own, prior = _scaled(step, factor)
+        margins, real = judged(own)
+        if not bool(margins.isfinite().all()):
+            continue
+        promise = linear.margins + factor * linear.along
+        curved = not torch.allclose(margins, promise, rtol=LINEAR, atol=LINEAR)
+        if best is None or float(real[1].mean()) > float(best.judged[1].mean()):
+            best = _Moves(own, prior, real, factor, 0)
+        promised = float(_judged(promise, held.user)[1].mean()) - common
+        if not curved or promised <= 0 or float(real[1].mean()) - common >= promised / 2:
+            break  # as far as the linearised model holds
+    if best is None:
+        raise NonFiniteError(
+            "The rewards at the users' moves are NaN or infinite, at an eighth of the moves too. Does the base's dtype overflow? (Load it in "
+            "float32 or bfloat16.) Nothing has been changed."
+        )
+    while curved and best.rounds < ROUNDS:
+        own = _again(passes, fitted, best.own, basis, best.prior)
+        real = judged(own)[1]
+        if not float(real[1].mean()) > float(best.judged[1].mean()):
+            break
+        best = best._replace(own=own, judged=real, rounds=best.rounds + 1)
+    return best
 
 
 def _is_lora(path: str | os.PathLike) -> bool:
