@@ -382,6 +382,9 @@ def test_eval_of_a_directory_without_an_adapter(tmp_path, capsys):
         f"ConfigError: There is no adapter_config.json in '{tmp_path}', so it is no adapter;"
         in capsys.readouterr().err
     )
+    argv[2] = str(tmp_path / "missing")
+    assert cli.main(argv) == 2
+    assert f"ConfigError: No adapter with its tokenizer can be read from '{argv[2]}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["eval", "export"])

@@ -268,6 +268,9 @@ def where_it_lies(task: Task, output_dir: Path, taken: str) -> None:
     column = "" if task.user_column == "user_id" else f" --user_column {shlex.quote(task.user_column)}"
     print("\nNext:")
     print(f"   trl-sharelora eval --model_name_or_path {adapter} --dataset_name {log} --dataset_split test{column}")
+    print(
+        f"   trl-sharelora shrink-users --model_name_or_path {adapter} --dataset_name {log} --dataset_split train{column}"
+    )
     print(f"   trl-sharelora export --adapter {adapter} --user {shlex.quote(taken)} --output_dir my_adapter")
     if task.truth is not None:
         print("   trl-sharelora demo --dataset YOUR_ROWS.jsonl --model PATH_TO_YOUR_MODEL")

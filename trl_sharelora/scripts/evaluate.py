@@ -27,7 +27,7 @@ def load_reward_model(model_args: ModelConfig, device: str) -> tuple[Any, PreTra
             Where to put it.
 
     Raises:
-        ConfigError: the directory holds no adapter.
+        ConfigError: the directory holds no adapter, or there is none by this name.
     """
     path = Path(model_args.model_name_or_path)
     if path.is_dir() and not (path / "adapter_config.json").is_file():
@@ -35,7 +35,13 @@ def load_reward_model(model_args: ModelConfig, device: str) -> tuple[Any, PreTra
             f"There is no adapter_config.json in {str(path)!r}, so it is no adapter; give the output_dir of a training (or one of its "
             "checkpoints, or an exported user)."
         )
-    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"No adapter with its tokenizer can be read from {model_args.model_name_or_path!r}, neither as a directory (looked for in {Path.cwd()}) nor from "
+            f"the hub: {str(error).splitlines()[0]}"
+        ) from error
     model = AutoPeftModelForSequenceClassification.from_pretrained(
         model_args.model_name_or_path,
         num_labels=1,
