@@ -4,6 +4,7 @@ import gzip
 import json
 import textwrap
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +41,12 @@ class Difference(NamedTuple):
 
 def _accuracies(counts: list[Counts]) -> list[dict[str, float]]:
     return [{user: right / n for user, (right, n) in one.items()} for one in counts]
+
+
+def _interval(groups: Iterable[list[float]]) -> tuple[float, float]:
+    """95 % of the mean over groups, each its mean; NaN for one group."""
+    low, high = mean_interval([float(np.mean(one)) for one in groups])
+    return (np.nan, np.nan) if low is None or high is None else (low, high)
 
 
 class View:
@@ -102,8 +109,8 @@ class View:
         for one in self.by_seed(method):
             for user, accuracy in one.items():
                 own[user].append(accuracy)
-        low, high = mean_interval([float(np.mean(values)) for values in own.values()])
-        return (np.nan, np.nan) if low is None or high is None else (100 * low, 100 * high)
+        low, high = _interval(own.values())
+        return 100 * low, 100 * high
 
     def difference(self, method: str, other: str) -> Difference:
         return self._paired(self.counts, method, other)
@@ -116,12 +123,7 @@ class View:
             for user in one:
                 own[user].append(100 * (one[user] - two[user]))
             seeds.append(100 * float(np.mean([one[user] - two[user] for user in one])))
-        over_seeds = mean_interval(seeds)
-        return Difference(
-            float(np.mean(seeds)),
-            mean_interval([float(np.mean(values)) for values in own.values()]),  # type: ignore[arg-type]
-            over_seeds if over_seeds[0] is not None else (np.nan, np.nan),  # type: ignore[arg-type]
-        )
+        return Difference(float(np.mean(seeds)), _interval(own.values()), _interval([[one] for one in seeds]))
 
 
 def verdict(difference: Difference) -> str:
@@ -197,8 +199,9 @@ def newcomer_losses(results: list[dict[str, Any]], method: str) -> dict[int, tup
         for n, counts in one["by_answers"].get(method, {}).items():
             for user, (right, total) in counts.items():
                 found[int(n)][user].append(100 * (right - common[user][0]) / total)
-    means = {n: [float(np.mean(values)) for values in of.values()] for n, of in found.items()}
-    return {n: (float(np.mean(values)), mean_interval(values)) for n, values in means.items()}  # type: ignore[misc]
+    return {
+        n: (float(np.mean([np.mean(one) for one in of.values()])), _interval(of.values())) for n, of in found.items()
+    }
 
 
 def answers_given(results: list[dict[str, Any]], path: Path) -> dict[int, float]:

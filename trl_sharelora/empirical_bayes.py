@@ -90,8 +90,8 @@ def _climbed(
     if bool(start.any()):  # the mode under another prior may be far out under this one
         nothing, at_zero = value(torch.zeros_like(start))
         far = at_zero > now
-        point, linear = (torch.where(far[:, None], 0 * one, one) for one in (point, linear))
-        linear, now = torch.where(far[:, None], nothing, linear), torch.maximum(now, at_zero)
+        point, linear = torch.where(far[:, None], 0.0, point), torch.where(far[:, None], nothing, linear)
+        now = torch.maximum(now, at_zero)
     for _ in range(NEWTON_STEPS):
         step = direction(point, linear)
         size = torch.ones_like(now)
