@@ -326,6 +326,9 @@ def test_without_a_tokenizer_or_with_a_torn_config_it_says_so(tmp_path):
     rows = Dataset.from_list(preference_rows(["a", "b"], 20))
     with pytest.raises(ConfigError, match="No tokenizer can be read from .*give processing_class=tokenizer"):
         shrink_users(lora, rows, output_dir=tmp_path / "out")
+    with pytest.raises(DataError, match="No usable validation comparison is of a user"):
+        strangers = Dataset.from_list(preference_rows(["z"], 8))
+        shrink_users(lora, rows, TOKENIZER, validation=strangers, output_dir=tmp_path / "out")
     (lora / "adapter_config.json").write_text("{", encoding="utf-8")
     with pytest.raises(ConfigError, match="No ShareLoRA adapter can be read from .*lora"):
         shrink_users(lora, rows, TOKENIZER, output_dir=tmp_path / "out")

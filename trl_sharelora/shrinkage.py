@@ -54,6 +54,7 @@ FACTORS = (1.0, 0.5, 0.25, 0.125)
 # 80.9 %). Not where its margins are the linear ones but for LINEAR of them.
 ROUNDS, LINEAR = 3, 1e-3
 CAPTURED = 0.8  # of the squared gradients; below it there is a warning
+NO_VALIDATION = "No usable validation comparison is of a user with training comparisons. Nothing has been changed."
 EVERY = 5  # without validation comparisons, each fifth of a user's own is held out
 
 
@@ -196,6 +197,8 @@ def shrink_users(
         if validation is not None:
             check_preference_rows(validation, user_column, name="validation")
             known = [number for number, row in enumerate(registry.find(validation[user_column][:])) if row >= 0]
+            if not known:
+                raise DataError(NO_VALIDATION)
             validation = validation.select(known)
         processing_class = _tokenizer(model_or_path, processing_class)
         model_or_path = from_lora(model_or_path, registry, processing_class=processing_class, **loading)
@@ -232,9 +235,7 @@ def shrink_users(
         held, more_dropped = read(validation, "validation")
         held = held.of(held.user < users)  # of users without a training comparison there is nothing to choose
         if not len(held.user):
-            raise DataError(
-                "No usable validation comparison is of a user with training comparisons. Nothing has been changed."
-            )
+            raise DataError(NO_VALIDATION)
         dropped += more_dropped
     basis, captured = _directions(passes, pairs)
     margins, features = _linearised(passes, pairs, basis)
