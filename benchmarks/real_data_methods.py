@@ -23,8 +23,11 @@ from trl_sharelora.shrinkage import ShrinkageResult, shrink_users
 
 
 START = 0.05  # standard deviation of the offsets that a low-rank basis starts from
-WIDTH = 1024  # random units above the projection
-PRIOR_DIRECTIONS = 256  # as shrink_users
+# Of the layer above the projection: how fast similarity falls with the angle, and its weight beside the numbers themselves. Of 1, 2, 3, 4, 6 and of weights
+# from 20 to none beside them the best for the common head on other splits by text than those measured here (docs/log.md).
+SHARPNESS, WEIGHT = 3.0, 36.5
+LAYERS = ["projection", "mixing"]  # all linear ones, as PEFT's "all-linear" takes them
+PRIOR_DIRECTIONS = 512  # the most that shrink_users looks at
 MAX_LENGTH = 256  # tokens of an answer, what the encoder was trained with; the rest is cut off
 
 
@@ -189,14 +192,24 @@ def weights_on_basis(
 # -- LoRA
 
 
-def mixing(size: int) -> torch.Tensor:
-    """`(WIDTH, size)`: the frozen random layer above the projection, the same in every run."""
-    return torch.randn(WIDTH, size, generator=torch.Generator().manual_seed(0)) / size**0.5
+class Similarities(nn.Module):
+    """A frozen layer: how similar a text is to each of a file's texts, `exp(SHARPNESS (cosine - 1))`, whitened, so that the features' products are the
+    similarities themselves (Nystroem's approximation of a Gaussian kernel; Williams and Seeger, 2001).
 
+    Args:
+        features (`torch.Tensor` of shape `(texts, d)`): See [`encode`]; the last column, the length, is no direction and is left out.
+    """
 
-def widened(features: torch.Tensor) -> torch.Tensor:
-    """`(texts, d + WIDTH)`: features and rectified random mixtures of them, what the linear head stands on."""
-    return torch.cat([features, torch.relu(features @ mixing(features.shape[-1]).T.to(features))], dim=-1)
+    def __init__(self, features: torch.Tensor):
+        super().__init__()
+        self.centres = nn.functional.normalize(features[:, :-1], dim=1)  # not buffers: they are data
+        values, vectors = torch.linalg.eigh(torch.exp(SHARPNESS * (self.centres @ self.centres.T - 1)).double())
+        whitened = (vectors * values.clamp(min=0.01).rsqrt()) @ vectors.T
+        self.whitening = (WEIGHT * whitened).float()
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        cosine = nn.functional.normalize(hidden[:, :-1], dim=1) @ self.centres.T
+        return torch.cat([hidden, torch.exp(SHARPNESS * (cosine - 1)) @ self.whitening], dim=1)
 
 
 def turned(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -206,27 +219,27 @@ def turned(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class TextReward(PreTrainedModel):
-    """A projection of a text's frozen features (the identity at the start), a frozen random layer beside it, and a linear head.
+    """Two linear layers, both the identity at the start, a text's frozen features below, [`Similarities`] between them and a linear head above.
 
     Its input is one "token" per text, the text's number: what lies below is frozen, so it need not run again.
     """
 
     config_class = BertConfig
 
-    def __init__(self, config: BertConfig, features: torch.Tensor, head: torch.Tensor):
+    def __init__(self, config: BertConfig, features: torch.Tensor, similarities: Similarities, head: torch.Tensor):
         super().__init__(config)
         size = features.shape[1]
-        self.features, self.mixing = features, mixing(size)  # not buffers: they are data
+        self.features, self.similarities = features, similarities
         self.projection = nn.Linear(size, size, bias=False)
-        self.classifier = nn.Linear(size + WIDTH, 1, bias=False)
-        nn.init.eye_(self.projection.weight)
+        self.classifier = nn.Linear(len(head), 1, bias=False)
+        self.mixing = nn.Linear(len(head), len(head), bias=False)
+        for layer in (self.projection, self.mixing):
+            nn.init.eye_(layer.weight)
         self.classifier.weight.data = head.float()[None].clone()
 
     def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> SequenceClassifierOutput:
         hidden = self.projection(self.features[input_ids[:, 0]])
-        return SequenceClassifierOutput(
-            logits=self.classifier(torch.cat([hidden, torch.relu(hidden @ self.mixing.T)], dim=1))
-        )
+        return SequenceClassifierOutput(logits=self.classifier(self.mixing(self.similarities(hidden))))
 
 
 class Trained:
@@ -235,22 +248,37 @@ class Trained:
     Args:
         encoder_path (`Path`): Of the encoder, for its tokenizer and config.
         features (`torch.Tensor` of shape `(texts, d)`): See [`encode`].
+        similarities ([`Similarities`]): To these texts.
         users (`list[str]`): Their ids, in the order of the rows' numbers.
+        prompts (`list[str]`): Of the texts, for standard errors.
     """
 
-    def __init__(self, encoder_path: Path, features: torch.Tensor, users: list[str]):
+    def __init__(
+        self,
+        encoder_path: Path,
+        features: torch.Tensor,
+        similarities: Similarities,
+        users: list[str],
+        prompts: list[str],
+    ):
         self.tokenizer = AutoTokenizer.from_pretrained(encoder_path)
         self.config = BertConfig.from_pretrained(encoder_path, num_labels=1)
-        self.features, self.users = features, users
+        self.features, self.similarities, self.users, self.prompts = features, similarities, users, prompts
 
     def dataset(self, rows: Rows) -> datasets.Dataset:
         columns = {f"{side}_ids": [[text] for text in getattr(rows, side).tolist()] for side in ("chosen", "rejected")}
-        return datasets.Dataset.from_dict({"user_id": [self.users[user] for user in rows.user], **columns})
+        prompts = [self.prompts[text] for text in rows.chosen]
+        return datasets.Dataset.from_dict(
+            {"user_id": [self.users[user] for user in rows.user], "prompt": prompts, **columns}
+        )
+
+    def base(self, head: torch.Tensor) -> TextReward:
+        return TextReward(self.config, self.features, self.similarities, head)
 
     def train(self, settings: dict[str, Any], rows: Rows, seed: int, head: torch.Tensor) -> PreTrainedModel:
         """A model trained with TRL's RewardTrainer, or with ours where the settings have a `share`."""
         torch.manual_seed(seed)
-        adapter = {"r": settings.get("r", 8), "lora_alpha": settings.get("r", 8), "target_modules": ["projection"]}
+        adapter = {"r": settings.get("r", 8), "lora_alpha": settings.get("r", 8), "target_modules": LAYERS}
         # a small file needs small batches and more epochs: mtbench_human has 23 steps of 64 in one
         small = len(rows.user) < 5000
         with tempfile.TemporaryDirectory() as folder:
@@ -270,7 +298,7 @@ class Trained:
                 disable_tqdm=True,
             )
             together: dict[str, Any] = dict(
-                model=TextReward(self.config, self.features, head),
+                model=self.base(head),
                 train_dataset=self.dataset(rows),
                 processing_class=self.tokenizer,
             )
@@ -297,10 +325,10 @@ class Trained:
 
     def as_sharelora(self, lora: PreTrainedModel) -> PreTrainedModel:
         """The common LoRA as the start of all users: the same model, with a row for each of them."""
-        head = torch.zeros(self.features.shape[1] + WIDTH)  # the LoRA brings its own
+        head = torch.zeros(self.features.shape[1] + len(self.features))  # the LoRA brings its own
         with tempfile.TemporaryDirectory() as folder:
             lora.save_pretrained(folder, save_embedding_layers=False)  # there are none to look for
-            return from_lora(folder, self.users, base=TextReward(self.config, self.features, head), check_base=False)
+            return from_lora(folder, self.users, base=self.base(head), check_base=False)
 
     def margins(self, model: PreTrainedModel) -> Margins:
         def margins(rows: Rows) -> np.ndarray:

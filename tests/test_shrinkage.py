@@ -30,7 +30,6 @@ from trl_sharelora.errors import ConfigError, DataError, NonFiniteError, Unknown
 from trl_sharelora.new_users import UserSpread, _UserMoves
 from trl_sharelora.scoring import load_reward_model
 from trl_sharelora.sharelora.routing import get_router
-from trl_sharelora.shrinkage import _chosen
 
 
 TOKENIZER = tiny_tokenizer()
@@ -182,14 +181,6 @@ def test_without_validation_each_fifth_is_held_out_and_used_after_it():
     torch.testing.assert_close(
         _UserMoves(model).read(range(30)), _UserMoves(again).read(range(30)), atol=1e-5, rtol=1e-4
     )
-
-
-def test_shrunk_needs_a_gain_beyond_its_error():
-    shrunk = torch.tensor([-0.5, -0.6, -0.7, -0.4], dtype=torch.float64)
-    noise = torch.tensor([0.2, -0.2, 0.1, -0.1], dtype=torch.float64)  # standard error .091
-    assert _chosen({"common": shrunk - 0.08 + noise, "shrunk": shrunk}) == "common"
-    assert _chosen({"common": shrunk - 0.10 + noise, "shrunk": shrunk}) == "shrunk"
-    assert _chosen({"common": shrunk - 0.10 + noise, "trained": shrunk + 0.01, "shrunk": shrunk}) == "trained"
 
 
 def test_what_did_better_before_stays():

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from transformers import AutoTokenizer
 
@@ -31,7 +30,8 @@ from .confidence import CONFIDENCE_FOLDER, _open
 from .data import check_preference_rows
 from .empirical_bayes import Comparisons, Prior, Step, learn_prior
 from .errors import ConfigError, DataError, NonFiniteError
-from .new_users import MOST_NUMBERS, TEMPERATURES, UserSpread, _gram, _Pairs, _Passes, _tokenised
+from .held_out import HeldOut, Judged
+from .new_users import MOST_NUMBERS, UserSpread, _gram, _Pairs, _Passes, _tokenised
 from .starts import from_lora
 from .users import UserRegistry
 
@@ -64,8 +64,8 @@ class ShrinkageResult:
 
     Args:
         chosen (`str`):
-            What did best on held-out comparisons and is in the model now: `"shrunk"` (if better by its standard error over users), `"trained"` (as it came)
-            or `"common"` (all moves zero).
+            What did best on held-out comparisons and is in the model now: `"shrunk"` (if better by its standard error, the largest of those over users,
+            over texts and over prompts), `"trained"` (as it came) or `"common"` (all moves zero).
         scale (`float`), steps (`int`), mean (`bool`):
             Of the shrunk: standard deviation of a margin at the start (log-odds), EM steps from there, and whether the users' mean was fitted anew.
         table (`pandas.DataFrame`):
@@ -209,7 +209,7 @@ def shrink_users(
     passes = _Passes(scorer)
     names: list[str] = []
 
-    def read(dataset: Dataset, name: str) -> tuple[_Pairs, int]:
+    def read(dataset: Dataset, name: str) -> tuple[_Pairs, list[str], int]:
         check_preference_rows(dataset, user_column, name=name)
         dataset = dataset.with_format(None)
         ids = scorer.users.names(dataset[user_column][:])
@@ -218,9 +218,11 @@ def shrink_users(
         scorer.users.index(ids)  # raises where one is unknown
         place = {user_id: number for number, user_id in enumerate(names)}
         kept, pairs, dropped = _tokenised(dataset, [place.get(one, len(place)) for one in ids], scorer, max_length)
-        return pairs, sum(dropped)
+        prompts = map(str, dataset["prompt"][:]) if "prompt" in dataset.column_names else [""] * len(dataset)
+        prompts = list(prompts)
+        return pairs, [prompts[row] for row in kept], sum(dropped)
 
-    pairs, dropped = read(comparisons, "training")
+    pairs, prompts, dropped = read(comparisons, "training")
     some = pairs.user.unique()  # sorted; of whose comparisons none can be used, he keeps his row
     names = [names[user] for user in some.tolist()]
     pairs.user = torch.searchsorted(some, pairs.user)
@@ -232,8 +234,9 @@ def shrink_users(
         )
     own_validation = validation is not None
     if validation is not None:
-        held, more_dropped = read(validation, "validation")
-        held = held.of(held.user < users)  # of users without a training comparison there is nothing to choose
+        held, prompts, more_dropped = read(validation, "validation")
+        there = held.user < users  # of users without a training comparison there is nothing to choose
+        held, prompts = held.of(there), [prompt for prompt, keep in zip(prompts, there.tolist(), strict=True) if keep]
         if not len(held.user):
             raise DataError(NO_VALIDATION)
         dropped += more_dropped
@@ -245,11 +248,13 @@ def shrink_users(
     else:
         fitted_on = _kept_for_the_fit(pairs.user)
         held, held_margins, held_features = pairs.of(~fitted_on), margins[~fitted_on], features[~fitted_on]
+        prompts = [prompt for prompt, keep in zip(prompts, fitted_on.tolist(), strict=True) if not keep]
         if not len(held.user):
             raise DataError(
                 f"No user has {EVERY} comparisons, so none can be held out to choose by; give validation=. Nothing has been changed."
             )
 
+    judge = HeldOut(held.user, list(map(tuple, held.chosen)), list(map(tuple, held.rejected)), prompts)
     size = float(features.square().sum(1).mean().sqrt())
     if not size:
         raise DataError(
@@ -257,7 +262,7 @@ def shrink_users(
             "Nothing has been changed."
         )
     fit = Comparisons(features[fitted_on], margins[fitted_on], pairs.user[fitted_on], users)
-    search = _Search(fit, held, held_margins, held_features, size)
+    search = _Search(fit, held.user, judge, held_margins, held_features, size)
     for one in SCALES if scale is None else (scale,):
         search.climb(one, mean is not False, steps)
     if mean is None and search.best is not None:
@@ -277,19 +282,20 @@ def shrink_users(
         "shrunk": lambda some: own[some].to(basis) @ basis,
     }
     found = {
-        state: _judged(_margins(passes, held, ways[state]), held.user)
+        state: judge.judged(_margins(passes, held, ways[state]))
         for state in ("common", "trained")
         if state != "trained" or own_validation
     }
     linear = _Linear(held_margins, (held_features * step.users[held.user]).sum(1).double())
-    moves = _settled(passes, pairs.of(fitted_on), held, basis, step, linear, float(found["common"][1].mean()))
+    common = judge.mean(found["common"].log_likelihood)
+    moves = _settled(passes, pairs.of(fitted_on), held, judge, basis, step, linear, common)
     own, prior, found["shrunk"] = moves.own, moves.prior, moves.judged
     lines = [
-        {"state": state, "accuracy": accuracy, "log_likelihood": float(likelihood.mean())}
-        for state, (accuracy, likelihood) in found.items()
+        {"state": state, "accuracy": judged.accuracy, "log_likelihood": judge.mean(judged.log_likelihood)}
+        for state, judged in found.items()
     ]
     table = pd.DataFrame(lines)
-    chosen = _chosen({state: likelihood for state, (_, likelihood) in found.items()})
+    chosen = judge.best(found, needs_more="shrunk")
     if not own_validation:
         logger.warning(
             "The held-out fifths were in the training, so the common part fits them too well, and what the model came with could not be judged and is "
@@ -320,14 +326,21 @@ class _Search:
 
     Args:
         fit ([`Comparisons`]): What is fitted.
-        held ([`_Pairs`]), margins (`(n,)`), features (`(n, k)`): What is held out, linearised.
+        user (`(n,)`), judge ([`HeldOut`]), margins (`(n,)`), features (`(n, k)`): What is held out, linearised.
         size (`float`): Root mean square length of the features.
     """
 
     def __init__(
-        self, fit: Comparisons, held: _Pairs, margins: torch.Tensor, features: torch.Tensor, size: float
+        self,
+        fit: Comparisons,
+        user: torch.Tensor,
+        judge: HeldOut,
+        margins: torch.Tensor,
+        features: torch.Tensor,
+        size: float,
     ) -> None:
-        self.fit, self.user, self.margins, self.features, self.size = fit, held.user, margins, features, size
+        self.fit, self.user, self.judge, self.margins, self.features = fit, user, judge, margins, features
+        self.size = size
         self.tried: list[dict[str, float]] = []
         self.best: tuple[float, float, bool, Step] | None = None  # likelihood, scale, mean fitted, state
 
@@ -337,8 +350,8 @@ class _Search:
         peak, since = -math.inf, 0
         for step in states if steps is None else deque(states, maxlen=1):
             own = (self.features * step.users[self.user]).sum(1).double()
-            accuracy, by_user = _judged(self.margins + own, self.user)
-            likelihood = float(by_user.mean())
+            accuracy, likelihoods = self.judge.judged(self.margins + own)
+            likelihood = self.judge.mean(likelihoods)
             self.tried.append(
                 {
                     "scale": scale,
@@ -366,7 +379,7 @@ class _Linear(NamedTuple):
 class _Moves(NamedTuple):
     own: torch.Tensor  # (users, k)
     prior: Prior
-    judged: tuple[float, torch.Tensor]
+    judged: Judged
     factor: float
     rounds: int
 
@@ -376,13 +389,23 @@ def _scaled(step: Step, factor: float) -> tuple[torch.Tensor, Prior]:
 
 
 def _settled(
-    passes: _Passes, fitted: _Pairs, held: _Pairs, basis: torch.Tensor, step: Step, linear: _Linear, common: float
+    passes: _Passes,
+    fitted: _Pairs,
+    held: _Pairs,
+    judge: HeldOut,
+    basis: torch.Tensor,
+    step: Step,
+    linear: _Linear,
+    common: float,
 ) -> _Moves:
     """The users' parts in the real model: halved as long as it does not follow the linear one, then solved for again as long as held-out comparisons gain."""
 
-    def judged(own: torch.Tensor) -> tuple[torch.Tensor, tuple[float, torch.Tensor]]:
+    def judged(own: torch.Tensor) -> tuple[torch.Tensor, Judged]:
         margins = _margins(passes, held, lambda some: own[some].to(basis) @ basis)
-        return margins, _judged(margins, held.user)
+        return margins, judge.judged(margins)
+
+    def likelihood(of: Judged) -> float:
+        return judge.mean(of.log_likelihood)
 
     best: _Moves | None = None
     for factor in FACTORS:
@@ -392,10 +415,10 @@ def _settled(
             continue
         promise = linear.margins + factor * linear.along
         curved = not torch.allclose(margins, promise, rtol=LINEAR, atol=LINEAR)
-        if best is None or float(real[1].mean()) > float(best.judged[1].mean()):
+        if best is None or likelihood(real) > likelihood(best.judged):
             best = _Moves(own, prior, real, factor, 0)
-        promised = float(_judged(promise, held.user)[1].mean()) - common
-        if not curved or promised <= 0 or float(real[1].mean()) - common >= promised / 2:
+        promised = likelihood(judge.judged(promise)) - common
+        if not curved or promised <= 0 or likelihood(real) - common >= promised / 2:
             break  # as far as the linearised model holds
     if best is None:
         raise NonFiniteError(
@@ -405,7 +428,7 @@ def _settled(
     while curved and best.rounds < ROUNDS:
         own = _again(passes, fitted, best.own, basis, best.prior)
         real = judged(own)[1]
-        if not float(real[1].mean()) > float(best.judged[1].mean()):
+        if not likelihood(real) > likelihood(best.judged):
             break
         best = best._replace(own=own, judged=real, rounds=best.rounds + 1)
     return best
@@ -552,28 +575,6 @@ def _kept_for_the_fit(user: torch.Tensor) -> torch.Tensor:
         seen[one] = seen.get(one, 0) + 1
         kept.append(seen[one] % EVERY != 0)
     return torch.tensor(kept, dtype=torch.bool)
-
-
-def _judged(margins: torch.Tensor, user: torch.Tensor) -> tuple[float, torch.Tensor]:
-    """Accuracy, the mean over users, and each user's log-likelihood of a comparison at the temperature that suits all best."""
-    places = user.unique(return_inverse=True)[1]
-    n = torch.bincount(places).double()
-
-    def by_user(values: torch.Tensor) -> torch.Tensor:
-        return torch.zeros_like(n).index_add_(0, places, values) / n
-
-    likelihoods = [by_user(F.logsigmoid(one * margins)) for one in TEMPERATURES]
-    return float(by_user((margins.sign() + 1) / 2).mean()), max(likelihoods, key=lambda one: float(one.mean()))
-
-
-def _chosen(likelihoods: dict[str, torch.Tensor]) -> str:
-    """What did best on held-out comparisons; "shrunk" only if it is better by its standard error over users (the rule of Breiman et al., 1984): of fifty
-    candidates one looks better by chance where nothing can be gained."""
-    shrunk = likelihoods["shrunk"]
-    best = max((state for state in likelihoods if state != "shrunk"), key=lambda one: float(likelihoods[one].mean()))
-    gain = shrunk - likelihoods[best]
-    error = float(gain.std() / math.sqrt(len(gain))) if len(gain) > 1 else math.inf
-    return "shrunk" if float(gain.mean()) > error else best
 
 
 def _as_spread(prior: Prior, basis: torch.Tensor, users: int) -> UserSpread:

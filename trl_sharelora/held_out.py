@@ -1,0 +1,91 @@
+"""Which of several states of a model did better on held-out comparisons, and whether by more than chance.
+
+Comparisons are not independent: a user gives many, a text stands in many, and what a model gains on new texts it may gain on a few of them for all users
+at once. So the standard error of a gain is the largest of those over users, over texts and over prompts. None of this is from the paper.
+"""
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from .new_users import TEMPERATURES
+
+
+class Judged(NamedTuple):
+    """A state of the model on held-out comparisons.
+
+    Args:
+        accuracy (`float`): Mean over users; a tie is half right.
+        log_likelihood (`torch.Tensor` of shape `(n,)`): Of each comparison, at the temperature that suits all of them best.
+    """
+
+    accuracy: float
+    log_likelihood: torch.Tensor
+
+
+class HeldOut:
+    """Comparisons that nothing was fitted on.
+
+    Args:
+        user (`torch.Tensor` of shape `(n,)`):
+            int64, whose each is.
+        chosen, rejected (`Sequence[Hashable]`):
+            Their texts; what is equal is one text.
+        prompts (`Sequence[Hashable]`):
+            Their prompts, alike where there are none.
+    """
+
+    def __init__(
+        self, user: torch.Tensor, chosen: Sequence[Hashable], rejected: Sequence[Hashable], prompts: Sequence[Hashable]
+    ):
+        self.user = user.unique(return_inverse=True)[1]
+        n = torch.bincount(self.user).double()
+        self.weights = 1 / (len(n) * n[self.user])  # in a mean over users
+        text, prompt = {}, {}  # type: dict[Hashable, int], dict[Hashable, int]
+        self.chosen, self.rejected = (
+            torch.tensor([text.setdefault(one, len(text)) for one in side]) for side in (chosen, rejected)
+        )
+        self.prompt = torch.tensor([prompt.setdefault(one, len(prompt)) for one in prompts])
+
+    def mean(self, values: torch.Tensor) -> float:
+        """Over users of their means of `values` `(n,)`."""
+        return float((self.weights * values).sum())
+
+    def judged(self, margins: torch.Tensor) -> Judged:
+        """Of margins `(n,)`, chosen less rejected, in log-odds."""
+        likelihoods = [F.logsigmoid(one * margins) for one in TEMPERATURES]
+        return Judged(self.mean((margins.sign() + 1) / 2), max(likelihoods, key=self.mean))
+
+    def error(self, gain: torch.Tensor) -> float:
+        """Standard error of the mean over users of `gain` `(n,)`: the largest of those with users, texts and prompts as what was drawn; infinite with one user.
+
+        Over texts comparisons are dependent that share one (Aronow, Samii and Assenova, 2015, equation 3, whose sum over pairs of comparisons is here
+        sums over texts less those over pairs of texts, which they hold twice). Where all comparisons have one prompt it says nothing and is left out.
+        """
+        parts = self.weights * (gain - self.mean(gain))
+
+        def over(*kinds: torch.Tensor) -> float:
+            """Squared sums of what shares one, with the correction for few."""
+            size = int(max(kind.max() for kind in kinds)) + 1
+            sums = torch.zeros(size, dtype=parts.dtype)
+            for kind in kinds:
+                sums.index_add_(0, kind, parts)
+            return float(sums.square().sum()) * size / (size - 1) if size > 1 else math.inf
+
+        low, high = torch.minimum(self.chosen, self.rejected), torch.maximum(self.chosen, self.rejected)
+        pairs = (low * (int(high.max()) + 1) + high).unique(return_inverse=True)[1]
+        twice = float(torch.zeros(len(parts), dtype=parts.dtype).index_add_(0, pairs, parts).square().sum())
+        variances = [over(self.user), over(self.chosen, self.rejected) - twice]
+        if int(self.prompt.max()):
+            variances.append(over(self.prompt))
+        return math.sqrt(max(variances))
+
+    def best(self, found: Mapping[str, Judged], needs_more: str) -> str:
+        """The state with the highest likelihood; `needs_more` only if it gains its standard error (the rule of Breiman et al., 1984): of fifty candidates
+        one looks better by chance where nothing can be gained."""
+        best = max((one for one in found if one != needs_more), key=lambda one: self.mean(found[one].log_likelihood))
+        gain = found[needs_more].log_likelihood - found[best].log_likelihood
+        return needs_more if self.mean(gain) > self.error(gain) else best
