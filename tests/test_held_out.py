@@ -92,10 +92,10 @@ def test_shrunk_needs_a_gain_beyond_its_error():
     assert one.error(torch.tensor([0.1, 0.2], dtype=torch.float64)) == math.inf
 
 
-def test_margins_are_judged_at_the_temperature_that_suits_them():
+def test_margins_are_judged_at_the_factor_that_suits_them():
     judge = held_out([0, 0, 1], own_texts(3))
     margins = torch.tensor([4.0, -4.0, 0.0], dtype=torch.float64)
     found = judge.judged(margins)
     assert found.accuracy == pytest.approx((0.5 + 0.5) / 2)
-    # a coin's margins tell nothing: the lowest temperature, next to log(1/2)
+    # a coin's margins tell nothing: the lowest factor, next to log(1/2)
     assert judge.mean(found.log_likelihood) > judge.mean(torch.nn.functional.logsigmoid(margins))

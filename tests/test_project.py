@@ -22,6 +22,7 @@ PACKAGE = ROOT / "trl_sharelora"
 LEVELS = {
     "empirical_bayes": 0,
     "errors": 0,
+    "held_out": 0,
     "pessimism": 0,
     "subspace": 0,
     "users": 0,

@@ -27,9 +27,10 @@ from trl_sharelora.cli import main
 from trl_sharelora.confidence import fit_confidence
 from trl_sharelora.empirical_bayes import Prior
 from trl_sharelora.errors import ConfigError, DataError, NonFiniteError, UnknownUserError
-from trl_sharelora.new_users import UserSpread, _UserMoves
+from trl_sharelora.new_users import UserSpread, _Pairs, _UserMoves
 from trl_sharelora.scoring import load_reward_model
 from trl_sharelora.sharelora.routing import get_router
+from trl_sharelora.shrinkage import _folds
 
 
 TOKENIZER = tiny_tokenizer()
@@ -73,16 +74,19 @@ def scores(model):
         return model(input_ids=torch.arange(TEXTS)[:, None]).logits[:, 0].double().numpy()
 
 
-def world(model, spread, n, seed=1, users=USERS):
-    """Answers of users whose weights on the features are the model's and, in the first feature, their own."""
+def world(model, spread, n, seed=1, users=USERS, texts=range(TEXTS), whims=0.0):
+    """Answers of users whose weights on the features are the model's and, in the first feature, their own; `whims`: of each user about each text, in no feature."""
     draw, people = np.random.default_rng(seed), np.random.default_rng(7)
     common = scores(model)
     features = model.get_base_model().features.numpy()
     rows = []
     for user_id, taste in zip(users, people.standard_normal(len(users)) * spread, strict=True):
+        whim = whims * people.standard_normal(TEXTS) if whims else np.zeros(TEXTS)
         for _ in range(n):
-            one, other = (int(text) for text in draw.choice(TEXTS, 2, replace=False))
-            margin = common[one] - common[other] + taste * (features[one, 0] - features[other, 0])
+            one, other = (int(text) for text in draw.choice(texts, 2, replace=False))
+            margin = (
+                common[one] - common[other] + taste * (features[one, 0] - features[other, 0]) + whim[one] - whim[other]
+            )
             if draw.random() > special.expit(margin):
                 one, other = other, one
             rows.append({"user_id": user_id, "chosen_ids": [one], "rejected_ids": [other]})
@@ -152,6 +156,63 @@ def test_it_finds_what_users_differ_in_and_helps_newcomers():
     before = accuracy(model, later)
     fit_users(model, answers, TOKENIZER, spread=result.spread)
     assert accuracy(model, later) > before + 0.05
+
+
+NEW_TEXTS = {"texts": range(TEXTS - 8, TEXTS)}
+
+
+def test_where_few_texts_are_new_folds_of_the_others_are_asked_too(caplog):
+    """Eight texts tell little, whoever judges them: thirty others do."""
+    train = {"texts": range(TEXTS - 8)}
+    with caplog.at_level("INFO", logger="trl_sharelora"):
+        model = linear_model()
+        held, test = world(model, 3.0, 3, 2, **NEW_TEXTS), world(model, 3.0, 40, 3)
+        result = shrink_users(model, world(model, 3.0, 30, **train), TOKENIZER, validation=held)
+        assert "5 folds of the training's texts" in caplog.text
+        before = accuracy(linear_model(), test)
+        assert result.chosen == "shrunk" and accuracy(model, test) > before + 0.05
+        assert result.held_out == len(held)
+        caplog.clear()
+        shrink_users(model, world(model, 3.0, 30), TOKENIZER, validation=held)  # known texts
+        assert "folds" not in caplog.text
+
+
+def test_whims_about_texts_are_no_gain_on_new_ones():
+    """Users who differ in each text by itself and in no feature are left alike where texts are new."""
+    model = linear_model()
+    train = world(model, 0.0, 30, texts=range(TEXTS - 8), whims=3.0)
+    result = shrink_users(model, train, TOKENIZER, validation=world(model, 0.0, 6, 2, whims=3.0, **NEW_TEXTS))
+    test = world(model, 0.0, 60, 3, whims=3.0, **NEW_TEXTS)
+    assert result.chosen == "common" or accuracy(model, test) > accuracy(linear_model(), test) - 0.01
+
+
+def test_folds_share_no_text_or_prompt():
+    def pairs(texts):
+        return _Pairs([[one] for one, _ in texts], [[other] for _, other in texts], torch.arange(len(texts)) % 3)
+
+    draw = np.random.default_rng(0)
+    train, held = (
+        pairs([draw.choice(some, 2, replace=False) for _ in range(n)]) for some, n in ((50, 400), (range(50, 60), 30))
+    )
+    none = [""] * 400
+    for fitted, left_out in _folds(train, none, held, none[:30]):
+        texts_of = [
+            {one[0] for side in (some.chosen, some.rejected) for one in side}
+            for some in (train.of(fitted), train.of(left_out))
+        ]
+        assert texts_of[0] and texts_of[1] and not texts_of[0] & texts_of[1]
+    assert len(_folds(train, none, held, none[:30])) == 5
+    prompts = [f"p{number % 7}" for number in range(400)]
+    folds = _folds(train, prompts, held, ["new"] * 30)
+    assert len(folds) == 5
+    for fitted, left_out in folds:
+        assert bool((fitted ^ left_out).all())  # a comparison has one prompt
+        kept = [{prompts[place] for place in some.nonzero().flatten().tolist()} for some in (fitted, left_out)]
+        assert not kept[0] & kept[1]
+    # known texts, or many new ones: validation is asked alone
+    assert _folds(train, none, train, none) == []
+    many = pairs([(1000 + 2 * number, 1001 + 2 * number) for number in range(100)])
+    assert _folds(train, none, many, none[:100]) == []
 
 
 def test_users_who_are_alike_are_left_alike():

@@ -11,7 +11,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .new_users import TEMPERATURES
+
+# A state is judged at the factor of its margins that suits it best: which answer is the better one, not how sure the model is of it. Margins are too large where a
+# training has overfitted, and too small where a strong ridge shrank the head: there anything that makes them larger would seem to gain.
+FACTORS = (0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 5.0, 10.0)
 
 
 class Judged(NamedTuple):
@@ -19,7 +22,7 @@ class Judged(NamedTuple):
 
     Args:
         accuracy (`float`): Mean over users; a tie is half right.
-        log_likelihood (`torch.Tensor` of shape `(n,)`): Of each comparison, at the temperature that suits all of them best.
+        log_likelihood (`torch.Tensor` of shape `(n,)`): Of each comparison, at the factor of the margins that suits all of them best.
     """
 
     accuracy: float
@@ -56,7 +59,7 @@ class HeldOut:
 
     def judged(self, margins: torch.Tensor) -> Judged:
         """Of margins `(n,)`, chosen less rejected, in log-odds."""
-        likelihoods = [F.logsigmoid(one * margins) for one in TEMPERATURES]
+        likelihoods = [F.logsigmoid(one * margins) for one in FACTORS]
         return Judged(self.mean((margins.sign() + 1) / 2), max(likelihoods, key=self.mean))
 
     def error(self, gain: torch.Tensor) -> float:
