@@ -356,15 +356,15 @@ HEAD = """
 # Preferences of real people
 
 Made by `python benchmarks/real_data.py` (its docstring says what is measured and how; up to {seeds} seeds, each with a split of its own; commits {commits}) from
-the files described there; not edited by hand. Base: all-MiniLM-L6-v2, frozen, mean over tokens and log length; LoRA on a projection of these
-385 numbers, above it a linear head on them and on 1,024 random rectified mixtures of them. The linear baselines stand on the same 1,409 numbers: one ridge head, a ridge
-offset per user, a low-rank basis with user weights (the form of LoRe); `popularity` is the text that more training comparisons chose, whoever judged: it knows texts by
-identity and nothing of new ones. All LoRA starts from the ridge head: `common LoRA` by TRL's RewardTrainer, ShareLoRA by ShareLoraRewardTrainer. `ShareLoRA B, shrunk` is the
-common LoRA with a row per user (`from_lora`) and then `shrink_users`, without a training of its own.
+the files described there; not edited by hand. Base: all-MiniLM-L6-v2, frozen, mean over tokens and log length (385 numbers); above it a linear layer, a frozen one that
+adds how similar the result is to each of the file's texts (it knows the texts and no vote), a second linear layer and a linear head. Both linear layers are the identity, and LoRA goes
+on both. The linear baselines stand on the same numbers: one ridge head, a ridge offset per user, a low-rank basis with user weights (the form of LoRe); `popularity` is the text that more
+training comparisons chose, whoever judged: it knows texts by identity and nothing of new ones. All LoRA starts from the ridge head: `common LoRA` by TRL's RewardTrainer, ShareLoRA by
+ShareLoraRewardTrainer. `ShareLoRA B, shrunk` is the common LoRA with a row per user (`from_lora`) and then `shrink_users`, without a training of its own.
 
-Read it with this in mind. `common head + learned prior` is what `shrink_users` does, without any LoRA: the same EM on the 1,409 numbers beside the ridge head. It is shown
-and does not count as a baseline, as it is ours; on this frozen base with one adapted layer most of the gain is that of the prior which all users teach. What the layer adds is that it
-works in any base and in all layers.
+Read it with this in mind. `common head + learned prior` is what `shrink_users` does, without any LoRA: the same EM on the same numbers beside the ridge head. It is shown
+and does not count as a baseline, as it is ours. On this frozen base, whose upper layer is linear, most of the gain is that of the prior which all users teach; what the layer adds is that
+it works in any base and in all layers.
 
 Accuracy in %, mean over users. Intervals are 95 % Student: [over users], each his mean over seeds, paired; and [over splits], of the mean over users; splits of one
 file share rows, so this one is too narrow as a statement about other data (Nadeau and Bengio, 2003). "better" and "worse" need both; a dozen such verdicts stand

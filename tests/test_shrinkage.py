@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
@@ -30,7 +31,7 @@ from trl_sharelora.errors import ConfigError, DataError, NonFiniteError, Unknown
 from trl_sharelora.new_users import UserSpread, _Pairs, _UserMoves
 from trl_sharelora.scoring import load_reward_model
 from trl_sharelora.sharelora.routing import get_router
-from trl_sharelora.shrinkage import _folds
+from trl_sharelora.shrinkage import _drawn, _folds
 
 
 TOKENIZER = tiny_tokenizer()
@@ -175,6 +176,30 @@ def test_where_few_texts_are_new_folds_of_the_others_are_asked_too(caplog):
         caplog.clear()
         shrink_users(model, world(model, 3.0, 30), TOKENIZER, validation=held)  # known texts
         assert "folds" not in caplog.text
+
+
+def test_of_many_users_some_choose_and_all_are_fitted(monkeypatch):
+    monkeypatch.setattr(shrinkage, "SEARCHED", 200)
+    model = linear_model()
+    train, held = world(model, 3.0, 20), world(model, 3.0, 10, 2)
+    result = shrink_users(model, train, TOKENIZER, validation=held)
+    assert result.n == 600 and result.held_out == 300
+    monkeypatch.undo()
+    again = linear_model()
+    chosen = {"scale": result.scale, "steps": result.steps, "mean": result.mean}
+    whole = shrink_users(again, train, TOKENIZER, validation=held, **chosen)
+    torch.testing.assert_close(
+        _UserMoves(model).read(range(30)), _UserMoves(again).read(range(30)), atol=1e-5, rtol=1e-4
+    )
+    pd.testing.assert_frame_equal(result.table, whole.table, atol=1e-5)
+    counts = torch.arange(30).repeat_interleave(20)
+    drawn = _drawn(counts, torch.arange(30), 30)
+    assert bool(drawn.all())
+    monkeypatch.setattr(shrinkage, "SEARCHED", 200)
+    assert int(_drawn(counts, torch.arange(30), 30).sum()) == 10
+    assert bool(
+        _drawn(counts, (~_drawn(counts, counts, 30)).nonzero().flatten()[:3], 30).all()
+    )  # nothing of theirs is held out
 
 
 def test_whims_about_texts_are_no_gain_on_new_ones():

@@ -56,6 +56,7 @@ ROUNDS, LINEAR = 3, 1e-3
 # Where of the validation's texts so many are new and they, or their prompts, are fewer than so many, scale and steps are chosen on folds of the training's texts too:
 # what thirty statements of Polis chose lost as often as it gained on others (docs/log.md).
 NEW, FEW_TEXTS, FOLDS = 0.9, 200, 5
+SEARCHED = 20_000  # comparisons, of as many users, that some fifty candidates are compared on; more move the choice little and cost in proportion
 CAPTURED = 0.8  # of the squared gradients; below it there is a warning
 NO_VALIDATION = "No usable validation comparison is of a user with training comparisons. Nothing has been changed."
 EVERY = 5  # without validation comparisons, each fifth of a user's own is held out
@@ -150,7 +151,8 @@ def shrink_users(
             Comparisons of the same users that the training has not seen, by which scale and steps are chosen and the result is kept or not. By default
             each fifth comparison of each user is held out of the fit for the choice, and all are used after it; the model has been trained on them, so the
             state it came in looks better than it is and is not chosen. Where a user's comparisons share texts, only comparisons of other
-            texts can tell, so give them.
+            texts can tell, so give them. Validation of new texts asks whether tastes carry over to texts nobody has judged; where there are fewer than 200 of these (or
+            of prompts, if the training has several) folds of the training's texts are asked the same, in the linearised model.
         scale (`float`, *optional*):
             Standard deviation of a comparison's margin between users at the start, in log-odds; by default of .25, 1 and 4 the one that does best.
         steps (`int`, *optional*):
@@ -266,29 +268,44 @@ def shrink_users(
         )
     fit = Comparisons(features[fitted_on], margins[fitted_on], pairs.user[fitted_on], users)
     judge = _judge(held, held_prompts)
-    parts, pooled = [_Part(fit, held.user, held_margins, held_features)], judge
     folds = _folds(pairs, prompts, held, held_prompts) if own_validation else []
     if folds:
         logger.info(
             "The validation comparisons are of new texts, and few of these; scale and steps are chosen on %d folds of the training's texts too.",
             len(folds),
         )
-        for fitted, left_out in folds:
-            fit = Comparisons(features[fitted], margins[fitted], pairs.user[fitted], users)
-            parts.append(_Part(fit, pairs.user[left_out], margins[left_out], features[left_out]))
-        left_out = torch.cat([left_out.nonzero().flatten() for _, left_out in folds])
-        pooled = _judge(held, held_prompts, pairs, prompts, left_out)
-    search = _Search(parts, pooled, size)
+    # candidates are compared on some of the users where there are many; what is chosen is fitted to all
+    drawn = _drawn(fit.user, held.user, users)
+    in_sample, held_in_sample = drawn[pairs.user], drawn[held.user]
+    everybody = bool(in_sample.all() and held_in_sample.all())
+
+    def part(fitted: torch.Tensor, user: torch.Tensor, margins_: torch.Tensor, features_: torch.Tensor) -> _Part:
+        fitted = fitted & in_sample
+        return _Part(
+            Comparisons(features[fitted], margins[fitted], pairs.user[fitted], users), user, margins_, features_
+        )
+
+    parts = [part(fitted_on, held.user[held_in_sample], held_margins[held_in_sample], held_features[held_in_sample])]
+    left_out = [out & in_sample for _, out in folds]
+    parts += [
+        part(fitted, pairs.user[out], margins[out], features[out])
+        for (fitted, _), out in zip(folds, left_out, strict=True)
+    ]
+    of_folds = torch.cat([torch.empty(0, dtype=torch.long), *(out.nonzero().flatten() for out in left_out)])
+    of_sample = _judge(held.of(held_in_sample), _where(held_in_sample, held_prompts), pairs, prompts, of_folds)
+    search = _Search(parts, of_sample, size)
     for one in SCALES if scale is None else (scale,):
         search.climb(one, mean is not False, steps)
     if mean is None and search.best is not None:
-        search.climb(search.best[1], False, steps)
+        search.climb(search.best.scale, False, steps)
     best = search.best
     if best is None:
         raise NonFiniteError(
             "The evidence is no number at any scale: margins or gradients are too large for it. Has the training diverged? Nothing has been changed."
         )
     scale, mean, step = best.scale, best.mean, best.step
+    if not everybody:
+        step = next(iter(deque(_steps(fit, scale / size, step.number, mean), maxlen=1)), step)
 
     rows = scorer.users.index(names)
     own, prior = step.users, step.prior
@@ -302,9 +319,8 @@ def shrink_users(
         for state in ("common", "trained")
         if state != "trained" or own_validation
     }
-    moves = _settled(
-        passes, pairs.of(fitted_on), held, judge, basis, step, best.along[: len(held.user)], found["common"]
-    )
+    along = (held_features * step.users[held.user]).sum(1).double()
+    moves = _settled(passes, pairs.of(fitted_on), held, judge, basis, step, along, found["common"])
     own, prior, found["shrunk"] = moves.own, moves.prior, moves.margins
     judged = {state: judge.judged(margins) for state, margins in found.items()}
     table = pd.DataFrame(
@@ -317,12 +333,12 @@ def shrink_users(
     if "trained" in judged and judge.best(judged, needs_more="shrunk") == "trained":
         chosen = "trained"
     else:  # with the folds, if there are any, where the model is the linearised one
-        along = moves.factor * best.along[len(held.user) :]
-        of_folds = {"common": torch.zeros_like(along), "shrunk": along}
+        pooled = _judge(held, held_prompts, pairs, prompts, of_folds)
+        more = moves.factor * best.along[-len(of_folds) :] if folds else torch.empty(0, dtype=torch.float64)
         chosen = pooled.best(
             {
-                state: pooled.judged(torch.cat([found[state], search.margins[len(held.user) :] + more]))
-                for state, more in of_folds.items()
+                state: pooled.judged(torch.cat([found[state], margins[of_folds] + share * more]))
+                for state, share in (("common", 0.0), ("shrunk", 1.0))
             },
             needs_more="shrunk",
         )
@@ -355,12 +371,21 @@ def _where(keep: torch.Tensor, items: list[str]) -> list[str]:
     return [items[place] for place in keep.nonzero().flatten().tolist()]
 
 
+def _drawn(user: torch.Tensor, held: torch.Tensor, users: int) -> torch.Tensor:
+    """`(users,)` bool: all users, or as many drawn of them as have [`SEARCHED`] comparisons, some of them held out."""
+    counts = torch.bincount(user, minlength=users)
+    order = torch.from_numpy(np.random.default_rng(0).permutation(users))
+    some = torch.zeros(users, dtype=torch.bool)
+    some[order[counts[order].cumsum(0) - counts[order] < SEARCHED]] = True
+    return some if bool(some[held].any()) else torch.ones_like(some)
+
+
 def _judge(
     held: _Pairs, prompts: list[str], more: _Pairs | None = None, more_prompts: Sequence[str] = (), places: Any = ()
 ) -> HeldOut:
     """Of the comparisons `held` and those of `more` at `places`."""
     user, chosen, rejected = held.user, list(map(tuple, held.chosen)), list(map(tuple, held.rejected))
-    if more is not None:
+    if more is not None and len(places):
         user = torch.cat([user, more.user[places]])
         chosen += [tuple(more.chosen[place]) for place in places.tolist()]
         rejected += [tuple(more.rejected[place]) for place in places.tolist()]
