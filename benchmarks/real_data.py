@@ -261,19 +261,21 @@ class Known:
         return file.trained.margins(model)
 
     def least_training(self, tried: list[tuple]) -> int:
-        """Of settings from little to much training the first that none is better than by its standard error over users, texts or prompts: where texts
-        are new, validation holds few, and what wins there by chance is what was trained most."""
+        """Of settings from little to much training the first that none is better than by its standard error over users and items: where texts are new,
+        validation holds few, and what wins there by chance is what was trained most."""
         rows, prompts = self.parts["validation"], self.file.trained.prompts
         judge = HeldOut(
-            torch.from_numpy(rows.user), rows.chosen, rows.rejected, [prompts[text] for text in rows.chosen]
+            torch.from_numpy(rows.user),
+            rows.chosen.tolist(),
+            rows.rejected.tolist(),
+            [prompts[text] for text in rows.chosen],
         )
         right = [torch.from_numpy((np.sign(margins(rows)) + 1) / 2) for _, _, margins, _ in tried]
-        best = 0
-        for number, one in enumerate(right):
-            gain = one - right[best]
-            if judge.mean(gain) > judge.error(gain):
-                best = number
-        return best
+        return next(
+            number
+            for number, one in enumerate(right)
+            if not any(judge.mean(other - one) > judge.error(other - one) for other in right)
+        )
 
     def run(self, methods: list[str]) -> dict[str, Any]:
         found = {}

@@ -162,13 +162,16 @@ def test_it_finds_what_users_differ_in_and_helps_newcomers():
 NEW_TEXTS = {"texts": range(TEXTS - 8, TEXTS)}
 
 
-def test_where_few_texts_are_new_folds_of_the_others_are_asked_too(caplog):
-    """Eight texts tell little, whoever judges them: thirty others do."""
+@pytest.mark.parametrize("searched", [20_000, 300])
+def test_where_few_texts_are_new_folds_of_the_others_are_asked_too(searched, monkeypatch, caplog):
+    """Eight texts tell little, whoever judges them: they choose a quarter of the spread there is, with a hundred others it is right."""
+    monkeypatch.setattr(shrinkage, "SEARCHED", searched)
     train = {"texts": range(TEXTS - 8)}
     with caplog.at_level("INFO", logger="trl_sharelora"):
         model = linear_model()
         held, test = world(model, 3.0, 3, 2, **NEW_TEXTS), world(model, 3.0, 40, 3)
-        result = shrink_users(model, world(model, 3.0, 30, **train), TOKENIZER, validation=held)
+        rows = world(model, 3.0, 30, **train)
+        result = shrink_users(model, rows, TOKENIZER, validation=held)
         assert "5 folds of the training's texts" in caplog.text
         before = accuracy(linear_model(), test)
         assert result.chosen == "shrunk" and accuracy(model, test) > before + 0.05
@@ -176,14 +179,37 @@ def test_where_few_texts_are_new_folds_of_the_others_are_asked_too(caplog):
         caplog.clear()
         shrink_users(model, world(model, 3.0, 30), TOKENIZER, validation=held)  # known texts
         assert "folds" not in caplog.text
+    monkeypatch.setattr(shrinkage, "_folds", lambda *given: [])
+    alone = linear_model()
+    shrink_users(alone, rows, TOKENIZER, validation=held)
+    assert accuracy(model, test) > accuracy(alone, test)
+
+
+def test_a_fold_without_a_state_counts_as_unmoved_and_one_that_ends_keeps_its_last(monkeypatch):
+    real, calls = shrinkage._steps, []
+
+    def failing(*given):
+        """Of the model and its five folds, in turn: the second of them has no state, the later ones three."""
+        calls.append(given)
+        states = list(real(*given))
+        return iter({1: states, 2: []}.get(len(calls) % 6, states[:3]))
+
+    monkeypatch.setattr(shrinkage, "_steps", failing)
+    model = linear_model()
+    held = world(model, 3.0, 3, 2, **NEW_TEXTS)
+    result = shrink_users(model, world(model, 3.0, 30, texts=range(TEXTS - 8)), TOKENIZER, validation=held, steps=5)
+    assert result.steps == 5 and result.chosen == "shrunk"
 
 
 def test_of_many_users_some_choose_and_all_are_fitted(monkeypatch):
-    monkeypatch.setattr(shrinkage, "SEARCHED", 200)
     model = linear_model()
     train, held = world(model, 3.0, 20), world(model, 3.0, 10, 2)
+    everybody = shrink_users(linear_model(), train, TOKENIZER, validation=held)
+    monkeypatch.setattr(shrinkage, "SEARCHED", 200)
+    monkeypatch.setattr(shrinkage, "_drawn", lambda user, of_held, users: torch.arange(users) < 10)
     result = shrink_users(model, train, TOKENIZER, validation=held)
     assert result.n == 600 and result.held_out == 300
+    assert not result.candidates["log_likelihood"].isin(everybody.candidates["log_likelihood"]).any()
     monkeypatch.undo()
     again = linear_model()
     chosen = {"scale": result.scale, "steps": result.steps, "mean": result.mean}
@@ -192,23 +218,44 @@ def test_of_many_users_some_choose_and_all_are_fitted(monkeypatch):
         _UserMoves(model).read(range(30)), _UserMoves(again).read(range(30)), atol=1e-5, rtol=1e-4
     )
     pd.testing.assert_frame_equal(result.table, whole.table, atol=1e-5)
-    counts = torch.arange(30).repeat_interleave(20)
-    drawn = _drawn(counts, torch.arange(30), 30)
-    assert bool(drawn.all())
-    monkeypatch.setattr(shrinkage, "SEARCHED", 200)
-    assert int(_drawn(counts, torch.arange(30), 30).sum()) == 10
-    assert bool(
-        _drawn(counts, (~_drawn(counts, counts, 30)).nonzero().flatten()[:3], 30).all()
-    )  # nothing of theirs is held out
+
+
+def test_who_chooses_has_something_held_out_and_is_not_alone(monkeypatch):
+    user = torch.arange(1000).repeat_interleave(50)
+    everybody = torch.arange(1000)
+    assert bool(_drawn(user[:15_000], everybody, 1000).all())
+    assert int(_drawn(user, everybody, 1000).sum()) == 400
+    few = torch.tensor([3, 500, 999])
+    assert bool(_drawn(user, few, 1000)[few].all())
+    heavy = torch.cat([user, torch.full((50_000,), 7)])  # one user with as many comparisons as all others
+    assert int(_drawn(heavy, torch.tensor([7]), 1000).sum()) > 100
 
 
 def test_whims_about_texts_are_no_gain_on_new_ones():
-    """Users who differ in each text by itself and in no feature are left alike where texts are new."""
+    """Users who differ in each text by itself and in no feature are left as they were where texts are new, whatever eight of these say."""
+    chosen = set()
     model = linear_model()
     train = world(model, 0.0, 30, texts=range(TEXTS - 8), whims=3.0)
-    result = shrink_users(model, train, TOKENIZER, validation=world(model, 0.0, 6, 2, whims=3.0, **NEW_TEXTS))
-    test = world(model, 0.0, 60, 3, whims=3.0, **NEW_TEXTS)
-    assert result.chosen == "common" or accuracy(model, test) > accuracy(linear_model(), test) - 0.01
+    held = world(model, 0.0, 6, 2, whims=3.0, **NEW_TEXTS)
+    moves = _UserMoves(model)
+    of_new = [world(model, 0.0, n, seed, whims=3.0, **NEW_TEXTS) for n, seed in ((20, 4), (20, 5))]
+    shrink_users(
+        model, of_new[0], TOKENIZER, validation=of_new[1]
+    )  # what of the whims about these eight can be said in features
+    far = moves.read(range(30)).clone()
+    assert bool(far.any())
+    for share in (0.0, 0.03):
+        for row in range(30):
+            moves.write(row, share * far[row])
+        before = moves.read(range(30)).clone()
+        result = shrink_users(model, train, TOKENIZER, validation=held)
+        likelihoods = result.table.set_index("state")["log_likelihood"]
+        assert likelihoods.idxmax() == "shrunk"  # the folds know better
+        assert result.chosen == ("trained" if likelihoods["trained"] > likelihoods["common"] else "common")
+        chosen.add(result.chosen)
+        if result.chosen == "trained":
+            assert torch.equal(moves.read(range(30)), before)
+    assert chosen == {"common", "trained"}
 
 
 def test_folds_share_no_text_or_prompt():

@@ -1,7 +1,7 @@
 """Which of several states of a model did better on held-out comparisons, and whether by more than chance.
 
 Comparisons are not independent: a user gives many, a text stands in many, and what a model gains on new texts it may gain on a few of them for all users
-at once. So the standard error of a gain is the largest of those over users, over texts and over prompts. None of this is from the paper.
+at once. So the standard error of a gain is over users and over items. None of this is from the paper.
 """
 
 import math
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 # A state is judged at the factor of its margins that suits it best: which answer is the better one, not how sure the model is of it. Margins are too large where a
 # training has overfitted, and too small where a strong ridge shrank the head: there anything that makes them larger would seem to gain.
-FACTORS = (0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 5.0, 10.0)
+SHARPNESSES = (0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 5.0, 10.0)
 
 
 class Judged(NamedTuple):
@@ -59,32 +59,41 @@ class HeldOut:
 
     def judged(self, margins: torch.Tensor) -> Judged:
         """Of margins `(n,)`, chosen less rejected, in log-odds."""
-        likelihoods = [F.logsigmoid(one * margins) for one in FACTORS]
+        likelihoods = [F.logsigmoid(one * margins) for one in SHARPNESSES]
         return Judged(self.mean((margins.sign() + 1) / 2), max(likelihoods, key=self.mean))
 
     def error(self, gain: torch.Tensor) -> float:
-        """Standard error of the mean over users of `gain` `(n,)`: the largest of those with users, texts and prompts as what was drawn; infinite with one user.
+        """Standard error of the mean over users of `gain` `(n,)`, with users and items as what was drawn; infinite with one user, one pair of texts or fewer than four texts.
 
-        Over texts comparisons are dependent that share one (Aronow, Samii and Assenova, 2015, equation 3, whose sum over pairs of comparisons is here
-        sums over texts less those over pairs of texts, which they hold twice). Where all comparisons have one prompt it says nothing and is left out.
+        The variances over users and over items add up, less that of single comparisons, which both hold (Cameron, Gelbach and Miller, 2011). Over items it is the largest of
+        three: over texts, where comparisons are dependent that share one (Aronow, Samii and Assenova, 2015: sums over texts less those over pairs of texts, which they hold twice;
+        unbiased where all pairs of few texts are asked for, too large where few are); over pairs of texts, for one text may stand in all of them; over prompts, if there are several.
         """
         parts = self.weights * (gain - self.mean(gain))
 
-        def over(*kinds: torch.Tensor) -> float:
-            """Squared sums of what shares one, with the correction for few."""
+        def sums(*kinds: torch.Tensor) -> torch.Tensor:
             size = int(max(kind.max() for kind in kinds)) + 1
-            sums = torch.zeros(size, dtype=parts.dtype)
+            found = torch.zeros(size, dtype=parts.dtype)
             for kind in kinds:
-                sums.index_add_(0, kind, parts)
-            return float(sums.square().sum()) * size / (size - 1) if size > 1 else math.inf
+                found.index_add_(0, kind, parts)
+            return found.square()
+
+        def over(kind: torch.Tensor) -> float:
+            squares = sums(kind)
+            return float(squares.sum()) * len(squares) / (len(squares) - 1) if len(squares) > 1 else math.inf
 
         low, high = torch.minimum(self.chosen, self.rejected), torch.maximum(self.chosen, self.rejected)
         pairs = (low * (int(high.max()) + 1) + high).unique(return_inverse=True)[1]
-        twice = float(torch.zeros(len(parts), dtype=parts.dtype).index_add_(0, pairs, parts).square().sum())
-        variances = [over(self.user), over(self.chosen, self.rejected) - twice]
+        by_text = sums(self.chosen, self.rejected)
+        texts = len(by_text)
+        if texts < 4:
+            return math.inf
+        # centring at the mean of few texts takes away more than it does of few independent numbers
+        few = texts * (texts - 1) / ((texts - 2) * (texts - 3))
+        items = [few * float(by_text.sum() - sums(pairs).sum()), over(pairs)]
         if int(self.prompt.max()):
-            variances.append(over(self.prompt))
-        return math.sqrt(max(variances))
+            items.append(over(self.prompt))
+        return math.sqrt(over(self.user) + max(items) - min(float(parts.square().sum()), over(self.user)))
 
     def best(self, found: Mapping[str, Judged], needs_more: str) -> str:
         """The state with the highest likelihood; `needs_more` only if it gains its standard error (the rule of Breiman et al., 1984): of fifty candidates
