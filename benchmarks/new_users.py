@@ -4,7 +4,8 @@
     python benchmarks/new_users.py              # 5 seeds; 12 newcomers each; about half an hour on two cores
 
 A world of the demo (40 users with 100 comparisons each, tastes that differ in a space of two dimensions which no method is told, noisy
-answers) trains a reward model with ShareLoraRewardTrainer, share="B". Then newcomers come, whom no training has seen: same world, other
+answers) trains a reward model with ShareLoraRewardTrainer, share="B"; `shrink_users` puts the users' parts right, and B and the head are trained once more with these still
+(`--once`: without the two). Then newcomers come, whom no training has seen: same world, other
 mixtures of taste, questions and pairs of their own. Accuracy is on held-out answers of theirs, each newcomer counts the same; intervals are 95 %
 Student over seeds.
 
@@ -47,6 +48,7 @@ from trl_sharelora import (
     ShareLoraRewardTrainer,
     add_users,
     evaluate_users,
+    shrink_users,
 )
 from trl_sharelora.demo.generator import best_possible, make_log, make_users, preference_probability
 from trl_sharelora.demo.tasks import make_world
@@ -95,40 +97,48 @@ def rows_of(rows: list[dict], *splits: str) -> Dataset:
     return Dataset.from_list([{name: row[name] for name in COLUMNS} for row in rows if row["split"] in splits])
 
 
-def train(folder: Path, sizes: Sizes, seed: int, train_common: bool) -> Path:
+def train(folder: Path, sizes: Sizes, seed: int, train_common: bool, once: bool) -> Path:
     """A world and a reward model trained on it; both stay in `folder` and are used again."""
     world = make_world(folder / "world", sizes.users, sizes.comparisons, seed)
     rows = [json.loads(line) for line in open(world / "log.jsonl", encoding="utf-8")]
-    output = folder / ("model-common" if train_common else "model")
+    output = folder / f"model{'-common' if train_common else ''}{'-once' if once else ''}"
     if not (output / "seen.json").is_file():
+        train_rows = rows_of(rows, "train")
+
+        def trainer(model: Any, rate: float, shared: float, epochs: float, adapter: Any) -> ShareLoraRewardTrainer:
+            args = ShareLoraRewardConfig(
+                output_dir=str(output),
+                learning_rate=rate,
+                learning_rate_shared=shared,
+                lr_scheduler_type="cosine",
+                num_train_epochs=epochs,
+                per_device_train_batch_size=32,
+                seed=seed,
+                use_cpu=True,
+                bf16=False,
+                gradient_checkpointing=False,
+                save_strategy="no",
+                logging_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                eos_token="</s>",
+                max_length=None,
+            )
+            return ShareLoraRewardTrainer(model=model, args=args, train_dataset=train_rows, peft_config=adapter)
+
         set_seed(seed)
-        args = ShareLoraRewardConfig(
-            output_dir=str(output),
-            learning_rate=1e-3,
-            learning_rate_shared=5e-3,
-            lr_scheduler_type="cosine",
-            num_train_epochs=sizes.epochs,
-            per_device_train_batch_size=32,
-            seed=seed,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            eos_token="</s>",
-            max_length=None,
-        )
         adapter = ShareLoraConfig(
             r=8, lora_alpha=16, target_modules="all-linear", share="B", train_common=train_common
         )
-        trainer = ShareLoraRewardTrainer(
-            model=str(world / "base_model"), args=args, train_dataset=rows_of(rows, "train"), peft_config=adapter
-        )
-        trainer.train()
-        trainer.save_model()
-        seen = evaluate_users(trainer.model, rows_of(rows, "test"), trainer.processing_class, batch_size=64)
+        first = trainer(str(world / "base_model"), 1e-3, 5e-3, sizes.epochs, adapter)
+        first.train()
+        if not once:
+            # the users' parts where all users say they should be, then B and the head again with these still
+            shrink_users(first.model, train_rows, first.processing_class, batch_size=64)
+            first = trainer(first.model, 0.0, 2e-3, sizes.epochs / 3, None)
+            first.train()
+        first.save_model()
+        seen = evaluate_users(first.model, rows_of(rows, "test"), first.processing_class, batch_size=64)
         (output / "seen.json").write_text(json.dumps({"accuracy": seen.macro}))
     return output
 
@@ -445,6 +455,9 @@ def main() -> None:
     parser.add_argument("--first_seed", type=int, default=0, metavar="N")
     parser.add_argument("--train_common", action="store_true", help="the reward model also trains A_0")
     parser.add_argument(
+        "--once", action="store_true", help="one training, without shrink_users and the second one of B"
+    )
+    parser.add_argument(
         "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure; what is there is kept"
     )
     parser.add_argument(
@@ -462,7 +475,7 @@ def main() -> None:
     print(common.machine())
     results = []
     for seed in range(args.first_seed, args.first_seed + (1 if args.quick else args.seeds)):
-        name = f"{'quick' if args.quick else 'seed'}{seed}{'-common' if args.train_common else ''}"
+        name = f"{'quick' if args.quick else 'seed'}{seed}{'-common' if args.train_common else ''}{'-once' if args.once else ''}"
         folder = Path(args.output_dir, name)
         kept = folder / "result.json"
         found = json.loads(kept.read_text()) if kept.is_file() else {}
@@ -470,7 +483,7 @@ def main() -> None:
         people = None
         for part in [part for part in args.parts if part not in found and part != "cost"]:
             if people is None:
-                model = train(folder, sizes, seed, args.train_common)
+                model = train(folder, sizes, seed, args.train_common, args.once)
                 people = Newcomers(model, sizes, seed)
                 found |= {"best": people.best, "seen": json.loads((model / "seen.json").read_text())["accuracy"]}
             if part == "curve":

@@ -651,6 +651,22 @@ def test_learning_rates_and_decay_reach_their_parts(tmp_path):
         assert values == ((3e-3, 0.2, True) if "sharelora_A" in name else (1e-4, 0.01, False)), name
 
 
+def test_what_is_shared_is_trained_on_with_the_users_parts_still(tmp_path):
+    """After shrink_users: a second trainer on the same model, `learning_rate` 0."""
+    first = make_trainer(tmp_path, learning_rate_shared=1e-2)
+    first.train()
+    before = trainable(first)
+    users = banks(first)
+    assert any(bool(bank.any()) for bank in users.values())
+    second = make_trainer(
+        tmp_path, model=first.model, adapter={}, learning_rate=0.0, learning_rate_shared=1e-2, user_weight_decay=0.1
+    )
+    second.train()
+    assert users.keys() == banks(second).keys()
+    for name, after in trainable(second).items():
+        assert torch.equal(after, before[name]) == (name in users), name
+
+
 def test_bf16_autocast_trains_near_float32_and_keeps_float32_weights(tmp_path):
     traces = []
     for bf16 in (False, True):
