@@ -135,7 +135,7 @@ def train(folder: Path, sizes: Sizes, seed: int, train_common: bool, once: bool)
         if not once:
             # the users' parts where all users say they should be, then B and the head again with these still
             shrink_users(first.model, train_rows, first.processing_class, batch_size=64)
-            first = trainer(first.model, 0.0, 2e-3, sizes.epochs / 3, None)
+            first = trainer(first.model, 0.0, 2e-3, sizes.epochs / 2, None)
             first.train()
         first.save_model()
         seen = evaluate_users(first.model, rows_of(rows, "test"), first.processing_class, batch_size=64)
