@@ -278,7 +278,7 @@ def test_new_users_prints_each_table_and_verdict(step_time, tmp_path, capsys, mo
     import new_users
 
     small = new_users.replace(
-        new_users.QUICK, users=8, comparisons=12, epochs=1, newcomers=2, test=8, answers=(2, 10), pool=12, full=(2,)
+        new_users.QUICK, users=10, comparisons=40, epochs=3, newcomers=2, test=8, answers=(2, 10), pool=12, full=(2,)
     )
     monkeypatch.setattr(new_users, "QUICK", small)
     monkeypatch.setattr(sys, "argv", ["new_users.py", "--quick", "--output_dir", str(tmp_path)])
