@@ -22,6 +22,20 @@ from trl_sharelora.evaluation import mean_interval
 COMMON = ("common head", "common LoRA")
 SHRUNK = "ShareLoRA B, shrunk"
 PRIOR = "common head + learned prior"  # what shrink_users learns, without LoRA: shown, and no baseline
+# All that there is; what no file has yet is named on the page.
+METHODS = (
+    "popularity",
+    *COMMON,
+    "common head + own ridge",
+    "low-rank basis + user weights",
+    PRIOR,
+    "LoRA per user",
+    "ShareLoRA B (paper)",
+    "ShareLoRA B, A_0 trained",
+    "ShareLoRA A, B_0 trained",
+    "ShareLoRA AB",
+    SHRUNK,
+)
 Counts = dict[str, tuple[float, int]]  # right answers and answers by user
 TITLES = {"seen": "new pairs of known users", "new_items": "known users, new statements or prompts"}
 COLOURS = ("#5f6368", "#9aa0a6", "#7baaf7", "#f29900", "#188038", "#c5221f", "#0b3d91", "#a142f4")
@@ -302,6 +316,15 @@ def gains_at_most(names: list[str], data_dir: Path, cache: Path) -> dict[str, An
     return known
 
 
+def _missing(views: list[View], newcomers: bool) -> str:
+    """What no file has figures of yet, as a paragraph; empty where all is there."""
+    names = [name for name in METHODS if not any(name in view.methods for view in views)]
+    names += [] if newcomers else ["users who were not in the training"]
+    if not names:
+        return ""
+    return f"**Not measured on this base yet:** {', '.join(names)}. [log.md](log.md) has what was found on earlier bases.\n\n"
+
+
 def write(figures: Path, page: Path, data_dir: Path) -> None:
     """The page and, in `images` beside it, its pictures.
 
@@ -327,6 +350,7 @@ def write(figures: Path, page: Path, data_dir: Path) -> None:
     draw_gains(views, images / f"{prefix}_gains.png")
     parts = [
         HEAD.format(
+            missing=_missing(views, bool(newcomers)),
             seeds=max(view.seeds for view in views),
             commits=", ".join(
                 sorted({name for of in found.values() for one in of for name in one.get("commits", [])})
@@ -362,7 +386,7 @@ on both. The linear baselines stand on the same numbers: one ridge head, a ridge
 training comparisons chose, whoever judged: it knows texts by identity and nothing of new ones. All LoRA starts from the ridge head: `common LoRA` by TRL's RewardTrainer, ShareLoRA by
 ShareLoraRewardTrainer. `ShareLoRA B, shrunk` is the common LoRA with a row per user (`from_lora`) and then `shrink_users`, without a training of its own.
 
-Read it with this in mind. `common head + learned prior` is what `shrink_users` does, without any LoRA: the same EM beside the ridge head, on the 512 directions in which the same numbers are largest. It is shown
+{missing}Read it with this in mind. `common head + learned prior` is what `shrink_users` does, without any LoRA: the same EM beside the ridge head, on the 512 directions in which the same numbers are largest. It is shown
 and does not count as a baseline, as it is ours. On this frozen base, whose upper layer is linear, most of the gain is that of the prior which all users teach; what the layer adds is that
 it works in any base and in all layers.
 

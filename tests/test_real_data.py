@@ -190,6 +190,7 @@ def test_the_whole_script(ways, data, encoder, tmp_path, monkeypatch, capsys):
         assert view.chosen != name or clear or name == real_data.SHRUNK
     assert report.PRIOR == real_data.PRIOR and report.SHRUNK == real_data.SHRUNK
     assert report.PRIOR in view.methods and report.PRIOR not in view.baselines
+    assert set(report.METHODS) == set(real_data.TRIALS)
     page = (out / "results.md").read_text(encoding="utf-8")
     assert (
         f"| {NAME} | seen |" in page
@@ -197,6 +198,9 @@ def test_the_whole_script(ways, data, encoder, tmp_path, monkeypatch, capsys):
         and "made_up: 4 newcomers, 2 draws of them" in page
     )
     assert (out / "images" / "results_gains.png").stat().st_size > 5000
+    assert "Not measured" not in page
+    view.methods.remove("LoRA per user")
+    assert "yet:** LoRA per user, users who were not" in report._missing([view], newcomers=False)
     answers = found[f"{NAME}-new_users-0.json"]["by_answers"]
     assert set(answers["ShareLoRA, newcomers by the learned prior"]) == {"2", "5"} and set(answers["common head"]) == {"0", "2", "5"}  # fmt: skip
     capsys.readouterr()
