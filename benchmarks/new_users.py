@@ -1,7 +1,7 @@
 """Users who arrive after the training: accuracy by number of answers, what a fit costs, and which pairs to ask.
 
     python benchmarks/new_users.py --quick      # one small seed, to see that everything runs; about two minutes
-    python benchmarks/new_users.py              # 5 seeds; 12 newcomers each; about half an hour on two cores
+    python benchmarks/new_users.py              # 5 seeds; 12 newcomers each; up to an hour on two cores
 
 A world of the demo (40 users with 100 comparisons each, tastes that differ in a space of two dimensions which no method is told, noisy
 answers) trains a reward model with ShareLoraRewardTrainer, share="B"; `shrink_users` puts the users' parts right, and B and the head are trained once more with these still
@@ -130,15 +130,15 @@ def train(folder: Path, sizes: Sizes, seed: int, train_common: bool, once: bool)
         adapter = ShareLoraConfig(
             r=8, lora_alpha=16, target_modules="all-linear", share="B", train_common=train_common
         )
-        first = trainer(str(world / "base_model"), 1e-3, 5e-3, sizes.epochs, adapter)
-        first.train()
+        trained = trainer(str(world / "base_model"), 1e-3, 5e-3, sizes.epochs, adapter)
+        trained.train()
         if not once:
             # the users' parts where all users say they should be, then B and the head again with these still
-            shrink_users(first.model, train_rows, first.processing_class, batch_size=64)
-            first = trainer(first.model, 0.0, 2e-3, sizes.epochs / 2, None)
-            first.train()
-        first.save_model()
-        seen = evaluate_users(first.model, rows_of(rows, "test"), first.processing_class, batch_size=64)
+            shrink_users(trained.model, train_rows, trained.processing_class, batch_size=64)
+            trained = trainer(trained.model, 0.0, 2e-3, sizes.epochs / 2, None)
+            trained.train()
+        trained.save_model()
+        seen = evaluate_users(trained.model, rows_of(rows, "test"), trained.processing_class, batch_size=64)
         (output / "seen.json").write_text(json.dumps({"accuracy": seen.macro}))
     return output
 

@@ -225,9 +225,8 @@ def shrink_users(
         scorer.users.index(ids)  # raises where one is unknown
         place = {user_id: number for number, user_id in enumerate(names)}
         kept, pairs, dropped = _tokenised(dataset, [place.get(one, len(place)) for one in ids], scorer, max_length)
-        prompts = map(str, dataset["prompt"][:]) if "prompt" in dataset.column_names else [""] * len(dataset)
-        prompts = list(prompts)
-        return pairs, [prompts[row] for row in kept], sum(dropped)
+        asked = dataset["prompt"][:] if "prompt" in dataset.column_names else [""] * len(dataset)
+        return pairs, [str(asked[row]) for row in kept], sum(dropped)
 
     pairs, prompts, dropped = read(comparisons, "training")
     held_prompts: list[str] = []
