@@ -27,7 +27,7 @@ START = 0.05  # standard deviation of the offsets that a low-rank basis starts f
 # from 20 to none beside them the best for the common head on other splits by text than those measured here (docs/log.md).
 SHARPNESS, WEIGHT = 3.0, 36.5
 LAYERS = ["projection", "mixing"]  # all linear ones, as PEFT's "all-linear" takes them
-PRIOR_DIRECTIONS = 512  # the most that shrink_users looks at
+PRIOR_DIRECTIONS = 1024  # the most that shrink_users looks at
 MAX_LENGTH = 256  # tokens of an answer, what the encoder was trained with; the rest is cut off
 
 
