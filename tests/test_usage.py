@@ -386,14 +386,28 @@ def test_a_sample_is_measured_after_a_training_and_nothing_where_it_was_not_aske
     card = (tmp_path / "rm" / "README.md").read_text()
     assert "3 users, 20 comparisons (drawn from 40), 2 swap(s)" in capsys.readouterr().out
     assert "20 held-out comparisons, drawn from 40; intervals" in card
-    for name, more, evaluate in (("off", ["--usage_comparisons", "0"], True), ("no-evaluation", [], False)):
-        (tmp_path / name).mkdir()
-        written_log(tmp_path / name)
-        train(tmp_path / name, "--max_steps", "1", *more, evaluate=evaluate)
-        assert "Does it use" not in (tmp_path / name / "rm" / "README.md").read_text()
-        assert "swap(s)" not in capsys.readouterr().out
+    (tmp_path / "off").mkdir()
+    written_log(tmp_path / "off")
+    train(tmp_path / "off", "--max_steps", "1", "--usage_comparisons", "0")
+    assert "Does it use" not in (tmp_path / "off" / "rm" / "README.md").read_text()
+    assert "its users" not in capsys.readouterr().out
     with pytest.raises(ConfigError, match="usage_comparisons=-1 came"):
         train(tmp_path, "--usage_comparisons", "-1")
+
+
+def test_a_training_without_evaluation_measures_on_the_test_split_or_says_that_there_is_none(tmp_path, capsys):
+    """TRL's default is eval_strategy="no"."""
+    written_log(tmp_path)
+    train(tmp_path, "--max_steps", "1", evaluate=False)
+    assert "6 users, 40 comparisons, 2 swap(s)" in capsys.readouterr().out
+    assert "## Does it use the user?" in (tmp_path / "rm" / "README.md").read_text()
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(line for line in log.read_text().splitlines(True) if '"test"' not in line))
+    train(tmp_path, "--max_steps", "1", "--output_dir", str(tmp_path / "other"), evaluate=False)
+    assert (
+        "was not measured: no held-out split 'test' was found. Later: trl-sharelora usage" in capsys.readouterr().out
+    )
+    assert "Does it use" not in (tmp_path / "other" / "README.md").read_text()
 
 
 @pytest.mark.distributed

@@ -343,7 +343,9 @@ def main(
     set_model_arguments(training_args, model_args)
     train_dataset, eval_dataset = load_datasets(script_args, training_args, dataset_args)
     if script_args.method is not None:
-        train_by_name(script_args.method, script_args, training_args, model_args, train_dataset, eval_dataset)
+        train_by_name(
+            script_args.method, script_args, training_args, model_args, dataset_args, train_dataset, eval_dataset
+        )
         return
 
     # Initialize the reward trainer
@@ -359,7 +361,7 @@ def main(
     def report() -> None:
         if eval_dataset is not None:
             show_users(trainer)
-            show_usage(trainer, eval_dataset, script_args.usage_comparisons)
+        show_usage(trainer, eval_dataset, script_args, dataset_args)
 
     train_and_save(trainer, training_args, script_args.dataset_name, report)
 
@@ -375,6 +377,7 @@ def train_by_name(
     script_args: ShareLoraRewardScriptArguments,
     training_args: "ShareLoraRewardConfig",
     model_args: ModelConfig,
+    dataset_args: "DatasetMixtureConfig",
     train_dataset: Any,
     eval_dataset: Any,
 ) -> None:
@@ -389,6 +392,8 @@ def train_by_name(
             Training, all stages together.
         model_args ([`~trl.ModelConfig`]):
             Base model, quantisation, LoRA.
+        dataset_args ([`~trl.DatasetMixtureConfig`]):
+            A mixture of datasets.
         train_dataset ([`~datasets.Dataset`]), eval_dataset ([`~datasets.Dataset`], *optional*):
             Preference rows.
 
@@ -424,9 +429,10 @@ def train_by_name(
     trainer.accelerator.print(f"✅ Training of {name} completed.")
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"💾 Model saved to {training_args.output_dir}.")
-    if eval_dataset is not None and method.share is not None:
-        show_users(trainer)
-        show_usage(trainer, eval_dataset, script_args.usage_comparisons)
+    if method.share is not None:
+        if eval_dataset is not None:
+            show_users(trainer)
+        show_usage(trainer, eval_dataset, script_args, dataset_args)
     elif eval_dataset is not None and trainer.is_world_process_zero():
         print(
             evaluate_users(
@@ -526,16 +532,39 @@ def show_users(trainer: "ShareLoraRewardTrainer") -> None:
     print(f"{result}\nThe whole table is in {path}")
 
 
-def show_usage(trainer: "ShareLoraRewardTrainer", dataset: Any, comparisons: int) -> None:
+def _test_split(script_args: ShareLoraScriptArguments, dataset_args: "DatasetMixtureConfig") -> Any:
+    """The test split that the training did without; None if there is none."""
+    from ..errors import ShareLoraError
+
+    if dataset_args.datasets:  # a mixture is split at random, so another call's test rows may be training rows
+        return None
+    try:
+        return load_splits(script_args, dataset_args, [script_args.dataset_test_split])[0]
+    except (
+        ShareLoraError,
+        ValueError,
+        OSError,
+    ):  # datasets: an unknown split is a ValueError, a hub out of reach an OSError
+        return None
+
+
+def show_usage(
+    trainer: "ShareLoraRewardTrainer",
+    dataset: Any,
+    script_args: ShareLoraRewardScriptArguments,
+    dataset_args: "DatasetMixtureConfig",
+) -> None:
     """Measure on the main process whether the final model uses its users, print it and put it into the model card.
 
     Args:
         trainer ([`ShareLoraRewardTrainer`]):
             After `save_model`.
-        dataset ([`~datasets.Dataset`]):
-            The evaluation split as it was loaded.
-        comparisons (`int`):
-            At most so many of it; 0 leaves it out.
+        dataset ([`~datasets.Dataset`], *optional*):
+            The evaluation split as it was loaded; where the training had none, the test split is looked for.
+        script_args ([`ShareLoraRewardScriptArguments`]):
+            `usage_comparisons`, at most so many of it, 0 leaves it out; names of the data and of its splits.
+        dataset_args ([`~trl.DatasetMixtureConfig`]):
+            A mixture of datasets.
     """
     import torch
     from datasets import Dataset
@@ -543,7 +572,7 @@ def show_usage(trainer: "ShareLoraRewardTrainer", dataset: Any, comparisons: int
     from ..errors import ShareLoraError
     from ..usage import user_usage
 
-    args = trainer.args
+    args, comparisons = trainer.args, script_args.usage_comparisons
     if not comparisons or not trainer.is_world_process_zero():
         return
     by_hand = f"trl-sharelora usage --model_name_or_path {args.output_dir} --dataset_name FILE"
@@ -551,6 +580,13 @@ def show_usage(trainer: "ShareLoraRewardTrainer", dataset: Any, comparisons: int
     if trainer.is_fsdp_enabled or (args.user_sharding == "owner" and args.world_size > 1):
         print(f"Whether it uses its users was not measured: the model is spread over processes. Later: {by_hand}")
         return
+    if dataset is None:
+        dataset = _test_split(script_args, dataset_args)
+        if dataset is None:
+            print(
+                f"Whether it uses its users was not measured: no held-out split {script_args.dataset_test_split!r} was found. Later: {by_hand}"
+            )
+            return
     if not isinstance(dataset, Dataset):
         print(
             f"Whether it uses its users was not measured: the evaluation set is a stream. Later, on a file: {by_hand}"
