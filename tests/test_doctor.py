@@ -16,13 +16,16 @@ from trl_sharelora.demo import generator
 from trl_sharelora.doctor import (
     ARTEFACTS,
     STRICT,
+    DataReport,
     Finding,
     _cross_validated,
     _fit_population,
     _held_out,
     _interval_of_mean,
+    _Log,
     _modes,
     _padded,
+    _probe,
     agreement,
     check_data,
     fit_logistic,
@@ -223,7 +226,8 @@ def test_overlap_of_splits():
     report = examine(rows)
     assert report.status == 0 and report.kinds() == ["seen items"]
     assert (
-        "0% have a prompt of 'train', 0% are a pair of 'train', 0% have a reply" in the(report, "seen items").message
+        "0% have a prompt of 'train' (100% it or a near-duplicate), 0% are a pair of 'train', 0% have a reply"
+        in the(report, "seen items").message
     )
     known = {**rows[4], "split": "test"}
     turned = {**rows[6], "chosen": rows[6]["rejected"], "rejected": rows[6]["chosen"], "split": "test"}
@@ -235,7 +239,44 @@ def test_overlap_of_splits():
     message = the(report, "seen items").message
     assert "6% have a prompt" in message and "5% are a pair" in message and "5% have a reply" in message
     # among the training rows alone nothing overlaps
-    assert "overlap" not in examine([{**row, "split": "train"} for row in rows]).kinds("warning")
+    assert examine([{**row, "split": "train"} for row in rows]).status == 0
+
+
+def test_near_duplicates_of_prompts_are_seen_across_splits():
+    rows = [{**row, "split": "train"} for row in clean_log()]
+    other = clean_log(seed=1)[:60]
+    rows += [
+        {**one, "prompt": row["prompt"].upper(), "split": "test"} for one, row in zip(other, rows[60:120], strict=True)
+    ]
+    assert (
+        "of 'test', 0% have a prompt of 'train' (100% it or a near-duplicate)"
+        in the(examine(rows), "seen items").message
+    )
+
+
+@pytest.mark.parametrize("names", [("Train", "Test"), (0, 1), ("test", "test")])
+def test_splits_of_which_none_is_the_training_are_a_warning_and_their_gain_is_not_estimated(names):
+    rows = [{**row, "split": names[number % 4 == 0]} for number, row in enumerate(demo_log(1.0)[0])]
+    report = examine(rows, gain=True)
+    finding = the(report, "overlap")
+    assert finding.level == "warning" and "none is 'train'" in finding.message and report.status == 1
+    assert report.gain.verdict == "cannot be told" and "'train'" in report.gain.why and report.gain.reached is None
+
+
+def test_rows_of_no_split_are_left_out_of_all_unless_all_are_of_none():
+    rows, _ = demo_log(1.0)
+    without = examine(rows, gain=True)
+    assert examine([{**row, "split": None} for row in rows], gain=True).gain == without.gain
+    half = [{**row, "split": "train" if number % 2 else None} for number, row in enumerate(rows)]
+    report = examine(half, gain=True)
+    assert report.gain.tested < without.gain.tested and report.gain == examine(half[1::2], gain=True).gain
+    assert the(report, "no split").count == len(rows) // 2 and report.status == 0
+
+
+def test_a_column_that_is_named_and_not_there_is_an_error():
+    for argument in ("split_column", "position_column"):
+        with pytest.raises(ConfigError, match=f"{argument}='spilt' came; the columns are 'user_id'"):
+            examine(clean_log(2, 20), **{argument: "spilt"})
 
 
 # -- leaks
@@ -330,13 +371,54 @@ def test_a_prompt_that_shows_the_replies_in_the_order_of_the_label():
     assert examine(rows).status == 0
 
 
-def test_length_alone_is_told_and_is_no_leak():
+def test_length_alone_is_told_and_is_a_leak_only_where_it_tells_nearly_all():
+    rows = clean_log()
+    for number, row in enumerate(rows):
+        longer = sorted((row["chosen"], row["rejected"]), key=len, reverse=True)
+        row["chosen"], row["rejected"] = longer if number % 5 else longer[::-1]
+    rows = [row for row in rows if len(row["chosen"]) != len(row["rejected"])]
+    report = examine(rows)
+    assert report.status == 0 and 0.75 < report.probes["length"]["accuracy"] < 0.85
+    assert "length alone: right in " in str(report)
+    cut = [{**row, "rejected": " ".join(row["rejected"].split()[:3]) + "."} for row in clean_log()]
+    finding = the(examine(cut), "leak")
+    assert finding.level == "warning" and "length alone tells which reply was chosen in 100.0%" in finding.message
+    bold = [{**row, "chosen": row["chosen"].replace(" ", " **", 1).replace(".", "**.")} for row in clean_log()]
+    assert "length and layout" in the(examine(bold), "leak").message
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"role": "model"}, "has the role 'model'"),
+        ({"name": "a"}, "has the key 'name'"),
+        ({"content": [{"type": "text", "text": "Oak elm."}]}, "has content in blocks"),
+    ],
+)
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_how_messages_are_written_down_on_one_side_is_a_leak(change, named, side):
     rows = clean_log()
     for row in rows:
-        row["chosen"], row["rejected"] = sorted((row["chosen"], row["rejected"]), key=len, reverse=True)
-    report = examine([row for row in rows if len(row["chosen"]) > len(row["rejected"])])
-    assert report.status == 0 and report.probes["length"]["accuracy"] == 1.0
-    assert "length alone: right in 100.0%" in str(report)
+        for one in ("chosen", "rejected"):
+            message = {"role": "assistant", "content": row[one]}
+            row[one] = [message]
+        (message,) = row[side]
+        if "content" in change:
+            change = {"content": [{"type": "text", "text": message["content"]}]}
+        row[side] = [message | change]
+    log = _Log(rows, list(range(len(rows))), "user_id")
+    report = DataReport("log", len(rows))
+    _probe(log, 0, report)
+    finding = the(report, "leak")
+    assert named in finding.message and f"it is the {side} one in 100%" in finding.message
+
+
+def test_a_leak_is_found_in_a_log_with_few_prompts():
+    rows = clean_log()
+    for number, row in enumerate(rows):
+        row["prompt"] = f"Question {number % 5}?"
+        row["chosen"] += "</s>"
+    assert "ends with an end token" in the(examine(rows), "leak").message
 
 
 def test_a_format_that_tells_a_little_is_no_more_than_that():
@@ -361,6 +443,8 @@ def test_the_place_where_the_chosen_reply_was_shown():
     assert not examine(fair, position_column="shown").findings
     three = [{**row, "shown": number % 3} for number, row in enumerate(clean_log())]
     assert the(examine(three, position_column="shown"), "position").level == "note"
+    always = the(examine([{**row, "shown": "left"} for row in clean_log()], position_column="shown"), "position")
+    assert always.level == "warning" and "one place was always chosen" in always.message
 
 
 def test_too_few_items_for_a_probe():

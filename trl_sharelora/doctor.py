@@ -63,6 +63,9 @@ MOST_PROBED, MOST_USERS, MOST_OF_USER = 20_000, 400, 200
 # A single artefact that goes one way so often is a leak, whatever the probe's accuracy.
 ONE_WAY, DISCORDANT = 0.95, 20
 FEW, ENOUGH = 10, 50
+# To cross-validate by; and what no taste explains: people choose the longer reply in 69 % (UKPConvArg), whoever cuts one side off in all.
+FEWEST_ITEMS, BEYOND_TASTE = 10, 0.9
+MOST_NAMES = 16  # of roles and keys in which the two replies of a pair differ; in an orderly log there is none
 RESAMPLES = 500
 # Of the hierarchical logit. 32 text directions hold what the demo's templates differ in; the strengths are 0 (common) to 1.
 TEXT_DIMENSIONS, VOTE_DIMENSIONS, FOLDS, STRENGTHS = 32, 8, 4, (0.0, 0.1, 0.3, 1.0)
@@ -259,8 +262,8 @@ class _Log:
         # alphabet, a quote before one reply of each pair would make it A always.)
         self.a_chosen = np.array([_hash(row["chosen"]) < _hash(row["rejected"]) for row in rows], dtype=bool)
         prompts = Counter(self.prompts)
-        # what cross-validation keeps together: prompts, or pairs where one prompt has most rows
-        by_pair = not rows or max(prompts.values()) > len(rows) / 2
+        # what cross-validation keeps together: prompts, or pairs where there are few prompts or one has most rows
+        by_pair = len(prompts) < FEWEST_ITEMS or max(prompts.values()) > len(rows) / 2
         self.items = np.unique(self.pairs if by_pair else self.prompts, return_inverse=True)[1]
         self.user_of = np.unique(self.users, return_inverse=True)[1]
 
@@ -282,7 +285,7 @@ def check_data(
             The column that names the user.
         split_column (`str`, *optional*, defaults to `"split"`):
             The column that names the split, if there is one. Overlap is looked for between `train` and each other split; the gain is
-            estimated on `train` alone, so that the test rows stay untouched.
+            estimated on `train` alone, so that the test rows stay untouched. Rows that name none are of no split, unless none does.
         position_column (`str`, *optional*):
             A column that says where the chosen reply was shown: two values, such as "left" and "right".
         gain (`bool`, *optional*, defaults to `True`):
@@ -296,6 +299,7 @@ def check_data(
 
     Raises:
         DataError: The file cannot be read.
+        ConfigError: A column is named that is not there.
     """
     source = "dataset" if isinstance(dataset, Dataset) else str(dataset)
     dataset = dataset if isinstance(dataset, Dataset) else load_preferences(dataset)
@@ -308,10 +312,12 @@ def check_data(
     if not needed <= set(dataset.column_names):
         return report
     extra = [name for name in ("prompt", split_column, position_column) if name in dataset.column_names]
-    if position_column is not None and position_column not in dataset.column_names:
-        raise ConfigError(
-            f"position_column={position_column!r} came; the columns are {', '.join(map(repr, dataset.column_names))}."
-        )
+    for argument, column in (("split_column", split_column), ("position_column", position_column)):
+        # a log without splits is an ordinary one
+        if column not in (None, *dataset.column_names) and (argument, column) != ("split_column", "split"):
+            raise ConfigError(
+                f"{argument}={column!r} came; the columns are {', '.join(map(repr, dataset.column_names))}."
+            )
     all_rows = list(dataset.with_format(None).select_columns([*sorted(needed), *extra]))
     _check_types(all_rows, report)
     rows, numbers = [], []
@@ -329,17 +335,20 @@ def check_data(
     _check_ids(log, report)
     _count_comparisons(log, report)
     _check_repeats(log, report)
-    if split_column in dataset.column_names:
+    has_splits = any(row.get(split_column) is not None for row in rows)
+    if has_splits:
         _check_overlap(log, split_column, report)
     if position_column is not None:
         _check_position(log, position_column, report)
     _probe(log, seed, report)
     report.agreement = agreement(log.users, log.pairs, log.a_chosen)
     if gain:
-        training = [
-            place for place, row in enumerate(rows) if split_column not in row or row[split_column] in ("train", None)
-        ]
-        report.gain = estimate_gain(log, training or list(range(len(rows))), report.agreement, seed)
+        training = [place for place, row in enumerate(rows) if not has_splits or row[split_column] == "train"]
+        report.gain = (
+            estimate_gain(log, training, report.agreement, seed)
+            if training
+            else Gain("cannot be told", f"No row is of the split 'train' in {split_column!r}.")
+        )
     report.findings.sort(key=lambda finding: (UNUSABLE, WARNING, NOTE).index(finding.level))
     return report
 
@@ -487,37 +496,51 @@ def _check_repeats(log: _Log, report: DataReport) -> None:
 
 
 def _check_overlap(log: _Log, split_column: str, report: DataReport) -> None:
-    splits = [row.get(split_column) for row in log.rows]
+    splits = [row[split_column] for row in log.rows]
     names = Counter(splits)
-    if "train" not in names or len(names) < 2:
+    if "train" not in names:
+        _add(
+            report,
+            log,
+            WARNING,
+            "overlap",
+            f"The column {split_column!r} has the values {dict(names)}, of which none is 'train': overlap is not looked for, nor what is to be gained. Name "
+            "the training rows 'train', or give the column that does (split_column=...).",
+        )
+        return
+    if names[None]:
         _add(
             report,
             log,
             NOTE,
-            "overlap",
-            f"The column {split_column!r} has the values {dict(names)}; overlap is not looked for.",
+            "no split",
+            f"{names[None]} rows are of no split ({split_column!r} is empty), so they are left out of 'train' and of every other.",
+            [place for place, split in enumerate(splits) if split is None],
         )
-        return
     in_train = np.array([name == "train" for name in splits])
     texts = [text for sides in log.sides for text in sides]
     groups = near_duplicates(texts)
     near = [tuple(sorted(pair)) for pair in zip(groups[::2], groups[1::2], strict=True)]
+    near_prompts = near_duplicates(log.prompts)
     replies = list(zip(log.users, log.prompts, log.sides, strict=True))
     keys: dict[str, list[Any]] = {
         "answer": list(zip(log.users, log.pairs, strict=True)),
-        "near": list(zip(log.users, log.prompts, near, strict=True)),
+        "near": list(zip(log.users, near_prompts, near, strict=True)),
     }
     trained = {name: {key for key, train in zip(own, in_train, strict=True) if train} for name, own in keys.items()}
     pairs_of_train = {pair for pair, train in zip(log.pairs, in_train, strict=True) if train}
-    prompts_of_train = {prompt for prompt, train in zip(log.prompts, in_train, strict=True) if train}
+    known_prompts = [
+        (own, {prompt for prompt, train in zip(own, in_train, strict=True) if train})
+        for own in (log.prompts, near_prompts)
+    ]
     replies_of_train = {
         (user, prompt, text)
         for (user, prompt, own), train in zip(replies, in_train, strict=True)
         if train
         for text in own
     }
-    for name in sorted(set(map(str, names)) - {"train"}):
-        held_out = [place for place, split in enumerate(splits) if str(split) == name]
+    for name in sorted({str(name) for name in names if name is not None} - {"train"}):
+        held_out = [place for place, split in enumerate(splits) if split is not None and str(split) == name]
         same = [place for place in held_out if keys["answer"][place] in trained["answer"]]
         if same:
             _add(
@@ -545,13 +568,16 @@ def _check_overlap(log: _Log, split_column: str, report: DataReport) -> None:
             if any((*replies[place][:2], text) in replies_of_train for text in replies[place][2])
         ]
         others = sum(log.pairs[place] in pairs_of_train for place in held_out) / len(held_out)
-        prompts = sum(log.prompts[place] in prompts_of_train for place in held_out) / len(held_out)
+        prompts, nearly = (
+            sum(own[place] in own_of_train for place in held_out) / len(held_out)
+            for own, own_of_train in known_prompts
+        )
         _add(
             report,
             log,
             NOTE,
             "seen items",
-            f"of {name!r}, {prompts:.0%} have a prompt of 'train', {others:.0%} are a pair of 'train', {len(known) / len(held_out):.0%} have a reply that "
+            f"of {name!r}, {prompts:.0%} have a prompt of 'train' ({nearly:.0%} it or a near-duplicate), {others:.0%} are a pair of 'train', {len(known) / len(held_out):.0%} have a reply that "
             "the same user judged in 'train' (in another pair); a result on them is one on seen items.",
         )
 
@@ -562,9 +588,10 @@ def _check_position(log: _Log, column: str, report: DataReport) -> None:
         _add(
             report,
             log,
-            NOTE,
+            WARNING if len(shown) == 1 else NOTE,
             "position",
-            f"{column!r} has the values {dict(shown.most_common(5))}; two are needed to say where the chosen reply was shown.",
+            f"{column!r} has the value{'s' * (len(shown) > 1)} {dict(shown.most_common(5))}; two are needed to say where the chosen reply was shown."
+            + " If it does say so, one place was always chosen." * (len(shown) == 1),
         )
         return
     (value, count), total = shown.most_common(1)[0], shown.total()
@@ -608,6 +635,29 @@ def _prompt_features(log: _Log, places: np.ndarray) -> np.ndarray:
         if isinstance(chosen, list):
             found[line, 1] = len(chosen) - len(rejected)
     return found * np.where(log.a_chosen[places], 1, -1)[:, None]
+
+
+def _structure(side: Any) -> set[str]:
+    """How the messages of a conversational reply are written down, whatever they say."""
+    found: set[str] = set()
+    for message in side if isinstance(side, list) else []:
+        if isinstance(message, dict):
+            found.add(f"has the role {message.get('role')!r}")
+            found |= {f"has the key {key!r}" for key, value in message.items() if value is not None}
+            if isinstance(message.get("content"), list):
+                found.add("has content in blocks")
+    return found
+
+
+def _structure_features(log: _Log, places: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Which reply's messages have which roles, keys and blocks, where the two differ; `(rows, names)`, A - B."""
+    sides = [tuple(_structure(log.rows[place][side]) for side in ("chosen", "rejected")) for place in places]
+    common = Counter(name for chosen, rejected in sides for name in chosen ^ rejected).most_common(MOST_NAMES)
+    names = [name for name, _ in common]
+    found = np.array(
+        [[(name in chosen) - (name in rejected) for name in names] for chosen, rejected in sides], dtype=float
+    ).reshape(len(places), len(names))
+    return found * np.where(log.a_chosen[places], 1, -1)[:, None], names
 
 
 def fit_logistic(x: np.ndarray, y: np.ndarray, weights: np.ndarray | None = None, ridge: float = 1.0) -> np.ndarray:
@@ -668,25 +718,26 @@ def _probe(log: _Log, seed: int, report: DataReport) -> None:
     if len(places) > MOST_PROBED:
         places = np.sort(random.choice(places, MOST_PROBED, replace=False))
     items, users = log.items[places], log.user_of[places]
-    if len(np.unique(items)) < 10:
+    if len(np.unique(items)) < FEWEST_ITEMS:
         _add(
             report,
             log,
             NOTE,
             "probes",
-            f"{len(np.unique(items))} items are too few to look for leaks across items (10 at least).",
+            f"{len(np.unique(items))} different pairs are too few to look for leaks across them ({FEWEST_ITEMS} at least).",
         )
         return
     fold = random.integers(5, size=items.max() + 1)[items]
     y = log.a_chosen[places].astype(float)
-    artefacts = np.hstack([_features(log, places, ARTEFACTS), _prompt_features(log, places)])
+    structure, structure_names = _structure_features(log, places)
+    artefacts = np.hstack([_features(log, places, ARTEFACTS), _prompt_features(log, places), structure])
     length = _features(log, places, LENGTH)
     layout = np.hstack([length, _features(log, places, LAYOUT)])
     for name, x, level in (("length", length, 0.95), ("layout", layout, 0.95), ("artefacts", artefacts, STRICT)):
         credit = _cross_validated(x, y, fold)
         mean, low, high = _interval_of_mean(credit, (items, users), level)
         report.probes[name] = {"accuracy": mean, "low": low, "high": high, "level": level}
-    names = [*ARTEFACTS, IN_PROMPT, MESSAGES]
+    names = [*ARTEFACTS, IN_PROMPT, MESSAGES, *structure_names]
     signs = np.sign(artefacts) * (2 * y - 1)[:, None]  # +1: the chosen reply has more of it
     table: list[dict[str, Any]] = []
     for column, name in enumerate(names):
@@ -699,6 +750,8 @@ def _probe(log: _Log, seed: int, report: DataReport) -> None:
     table.sort(key=lambda line: -line["tells"])
     report.probes["artefacts"]["features"] = table
     _report_leaks(log, table, signs, names, places, report)
+    if "leak" not in report.kinds():  # which would tell why
+        _report_layout(log, report)
     # the doctor's own test: the same probe, all features, on labels that mean nothing
     everything = np.hstack([artefacts, layout])
     means = [
@@ -751,6 +804,24 @@ def _report_leaks(
         "write both replies in the same way before training.",
         [int(place) for place in places[np.flatnonzero(signs[:, column])]],
     )
+
+
+def _report_layout(log: _Log, report: DataReport) -> None:
+    for name, words in (
+        ("length", "length alone"),
+        ("layout", "length and layout (lines, bullets, bold, code, marks)"),
+    ):
+        probe = report.probes[name]
+        if probe["low"] >= BEYOND_TASTE:
+            _add(
+                report,
+                log,
+                WARNING,
+                "leak",
+                f"{words} tells which reply was chosen in {probe['accuracy']:.1%} [{probe['low']:.1%}, {probe['high']:.1%}], more than any taste "
+                "would: was one side cut off, or rewritten? A model learns that and nothing else.",
+            )
+            return
 
 
 # -- agreement
