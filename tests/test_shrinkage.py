@@ -128,6 +128,25 @@ def test_a_ridge_is_the_optimum_of_each_user(bank):
         np.testing.assert_allclose(moves.read([user])[0], found.x, atol=2e-3)
 
 
+@pytest.mark.parametrize(("tiers", "kept"), [((2, 4, 5), 5), ((2, 4, 8), 6), ((6, 8), 6), ((2, 3), 3)])
+def test_as_many_directions_are_looked_at_as_hold_nearly_all_of_the_gradients(monkeypatch, caplog, tiers, kept):
+    """The features are six of one size, so k directions hold about k sixths: against the eigenvalues of the features' own differences."""
+    monkeypatch.setattr(shrinkage, "DIRECTIONS", tiers)
+    model = linear_model()
+    train, held = world(model, 2.0, 20), world(model, 2.0, 12, seed=2)
+    result = shrink_users(model, train, TOKENIZER, validation=held, scale=1.0, steps=0)
+    features = model.get_base_model().features
+    differences = (
+        features[[row[0] for row in train["chosen_ids"]]] - features[[row[0] for row in train["rejected_ids"]]]
+    )
+    values = torch.linalg.eigvalsh(differences.T @ differences).flip(0)
+    assert result.captured == pytest.approx(
+        float(values[:kept].sum() / values.sum()), abs=0.08
+    )  # of 75 differences that were not looked at
+    assert len(result.spread.directions) == kept
+    assert ("are lost" in caplog.text or "is lost" in caplog.text) == (kept < 5)
+
+
 def test_it_finds_what_users_differ_in_and_helps_newcomers():
     model = linear_model()
     train, held, test = (world(model, 3.0, n, seed) for n, seed in ((12, 1), (8, 2), (30, 3)))
