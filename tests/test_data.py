@@ -10,6 +10,7 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, List, Value
 from helpers import preference_rows, save_tiny, tiny_tokenizer
 
+from trl_sharelora import cli
 from trl_sharelora.data import (
     check_long_rows,
     check_preference_rows,
@@ -494,9 +495,101 @@ def test_a_file_that_is_not_utf8_is_refused(tmp_path):
             load_preferences(tmp_path / name)
 
 
+def damaged(content: bytes) -> bytes:
+    """Compressed, with one byte that is another."""
+    packed = bytearray(gzip.compress(content, mtime=0))
+    packed[len(packed) // 2] ^= 255
+    return bytes(packed)
+
+
+def parquet(rows: list[dict], tmp_path) -> bytes:
+    Dataset.from_list(rows).to_parquet(tmp_path / "whole.parquet")
+    return (tmp_path / "whole.parquet").read_bytes()
+
+
+LINES = "".join(f"u{number % 3},w{number * number},w{number}\n" for number in range(400))
+DAMAGED_FILES = [
+    ("x.csv.gz", lambda _: gzip.compress(LINES.encode())[:300], "EOFError"),
+    ("x.csv.gz", lambda _: LINES.encode(), "BadGzipFile"),
+    ("x.csv.gz", lambda _: damaged(LINES.encode()), "x.csv.gz"),
+    ("x.jsonl.gz", lambda _: gzip.compress(LINES.encode())[:300], "EOFError"),
+    ("x.jsonl.gz", lambda _: LINES.encode(), "BadGzipFile"),
+    ("x.jsonl.gz", lambda _: damaged(LINES.encode()), "x.jsonl.gz"),
+    ("x.parquet", lambda path: parquet(rows_with({}), path)[:500], "ArrowInvalid"),
+    ("x.parquet", lambda _: b"", "x.parquet"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "said"), DAMAGED_FILES)
+def test_a_damaged_file_is_an_error_of_the_data_with_status_2(name, content, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / name).write_bytes(content(tmp_path))
+    with pytest.raises(DataError, match=said):
+        load_preferences(tmp_path / name)
+    assert cli.main(["data", "check", str(tmp_path / name)]) == 2
+    assert f"DataError: {tmp_path / name}" in capsys.readouterr().err
+
+
+def test_a_damaged_byte_that_gzip_finds_is_an_error_of_the_data(tmp_path):
+    for name in ("x.csv.gz", "x.jsonl.gz"):
+        packed = bytearray(gzip.compress(LINES.encode(), mtime=0))
+        packed[10] = 0xFF  # a block of a type that does not exist: zlib.error
+        (tmp_path / name).write_bytes(packed)
+        with pytest.raises(DataError, match=r"error: Error -3 .*cut off or damaged"):
+            load_preferences(tmp_path / name)
+
+
+@pytest.mark.parametrize("value", ["bad \ud800 text", [{"role": "assistant", "content": "bad \udfff"}]])
+def test_half_a_character_is_named_with_its_row(value, tmp_path):
+    good = "good" if isinstance(value, str) else [{"role": "assistant", "content": "good"}]
+    rows = [{"user_id": "ann", "chosen": good, "rejected": good} for _ in range(5)]
+    rows[3]["chosen"] = value
+    path = write(rows, tmp_path / "x.jsonl")
+    with pytest.raises(DataError, match=r"'chosen' holds half of a character in row 3: .*\\u[a-f\d]{4}"):
+        load_preferences(path)
+    (tmp_path / "y.jsonl").write_text('{"user_id": "ann", "ch\\ud800sen": "a"}')
+    with pytest.raises(DataError, match="half of a character"):
+        load_preferences(tmp_path / "y.jsonl")
+
+
+@pytest.mark.parametrize(
+    "text", ["9" * 5000, '{"a": ' * 100_000], ids=["a number of 5,000 digits", "100,000 objects in each other"]
+)
+def test_json_that_python_does_not_read_is_refused(text, tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"user_id": "ann"}\n{"user_id": ' + text + "}")
+    with pytest.raises(DataError, match="is not JSON at line 2"):
+        load_preferences(tmp_path / "x.jsonl")
+
+
 def test_a_file_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path):
     with pytest.raises(DataError, match="There is no file '.*none.jsonl'"):
         load_preferences(tmp_path / "none.jsonl")
+
+
+def test_a_file_with_another_ending_is_refused_with_those_that_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("trl_sharelora.data.load_dataset", None)  # nothing is looked for elsewhere
+    for name in ("log.txt", "log", "log.tsv.gz"):
+        (tmp_path / name).write_text("user_id")
+        with pytest.raises(DataError, match=rf"{name}' does not end in \.jsonl, \.json, \.csv .*\.gz.* or \.parquet"):
+            load_preferences(tmp_path / name)
+
+
+def test_what_is_neither_a_file_nor_to_be_had_from_the_hub_is_said_to_be_so(tmp_path, monkeypatch, capsys):
+    def unreachable(path):
+        raise ConnectionError(f"Couldn't reach {path!r} on the Hub")
+
+    monkeypatch.setattr("trl_sharelora.data.load_dataset", unreachable)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"'log\.jsnol' cannot be read: ConnectionError: .*looked for in .*\.jsonl, "):
+        load_preferences("log.jsnol")
+    assert cli.main(["data", "check", "log.jsnol"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    monkeypatch.undo()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "state.json").write_text("{")
+    for folder in (tmp_path / "folder", tmp_path):
+        with pytest.raises(DataError, match="cannot be read"):
+            load_preferences(folder)
 
 
 # -- rows that are too long

@@ -2,12 +2,14 @@
 
 import gzip
 import json
+from datetime import datetime
+from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict
 
 from trl_sharelora import cli, importers
-from trl_sharelora.data import check_preference_rows, load_preferences
+from trl_sharelora.data import check_output, check_preference_rows, load_preferences
 from trl_sharelora.errors import ConfigError, DataError, UserIdError
 from trl_sharelora.importers import FORMATS, Columns, import_preferences, write_rows
 
@@ -345,7 +347,7 @@ def test_trls_format_with_any_user_column(tmp_path):
     ]
     imported = import_preferences(saved(tmp_path, records), "trl", Columns(user="worker"))
     assert imported.rows == [
-        {"user_id": "1", "prompt": "p", "chosen": "a", "rejected": "b", "margin": 0.5, "meta": {}}
+        {"user_id": "1", "prompt": "p", "chosen": "a", "rejected": "b", "margin": 0.5, "meta": {"source": "x"}}
     ]
     assert imported.left_out == {"without a user": 1, "with equal replies": 1, "with an empty prompt": 1}
     talk = [{"user_id": "u"} | {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}]
@@ -396,7 +398,7 @@ def test_splits_are_kept_where_there_are_several(tmp_path):
     imported = import_preferences(saved(tmp_path, both), "trl")
     assert [row["split"] for row in imported.rows] == ["train", "valid1"]
     one = import_preferences(saved(tmp_path, both), "trl", split="valid1")
-    assert len(one.rows) == 1 and "split" not in one.rows[0]
+    assert [row["split"] for row in one.rows] == ["valid1"]
     with pytest.raises(DataError, match=r"\['train', 'valid1'\]; 'test' is none"):
         import_preferences(saved(tmp_path, both), "trl", split="test")
     table = Dataset.from_list(SAMPLES["trl"])
@@ -557,3 +559,262 @@ def test_a_column_of_lists_of_users_is_called_what_it_is(tmp_path):
         import_preferences(tmp_path / "lists.parquet", "trl")
     with pytest.raises(UserIdError, match="rows 0, 1 have ids .* Their user is a record, where one id is needed"):
         import_preferences(tmp_path / "records.parquet", "trl")
+
+
+# -- nothing goes without a word
+
+
+def row(**more):
+    return {"user_id": "u", "prompt": "p", "chosen": "a", "rejected": "b"} | more
+
+
+def test_a_named_column_that_is_in_no_record_is_refused(tmp_path):
+    texts = [{"user_id": "u", "question": "p", "chosen": "a", "rejected": "b"}]
+    path = saved(tmp_path, texts, "texts.json")
+    for format, source in (("trl", path), ("label-studio", saved(tmp_path, [asked_otherwise()], "ls.json"))):
+        with pytest.raises(DataError, match=r"'qestion' \(--prompt_column\).*question.*Did you mean 'question'\?"):
+            import_preferences(source, format, Columns(prompt="qestion"))
+    with pytest.raises(DataError, match=r"'lft' \(--left\).*Did you mean 'left'\?"):
+        import_preferences(tmp_path / "ls.json", "label-studio", Columns(left="lft"))
+    # a column of blanks is no column of prompts
+    with pytest.raises(DataError, match=r"no record has a value in 'q' \(--prompt_column\)"):
+        import_preferences(saved(tmp_path, [row(q=None)]), "trl", Columns(prompt="q"))
+    with pytest.raises(DataError, match="usr_id missing.*Did you mean 'user_id'?"):
+        import_preferences(path, "trl", Columns(user="usr_id"))
+    assert short(import_preferences(path, "trl", Columns(prompt="question"))) == [("u", "p", "a", "b")]
+    # the column may be in some records and some splits only
+    some = [row(q="?", split="train"), row(q="!", split="test"), row(split="test")]
+    imported = import_preferences(saved(tmp_path, some), "trl", Columns(prompt="q"))
+    assert [found["prompt"] for found in imported.rows] == ["?", "!"]
+    assert imported.left_out == {"with an empty prompt": 1}
+
+
+def asked_otherwise():
+    """A task of Label Studio whose prompt is in `question`."""
+    annotation = {
+        **TASK["annotations"][0],
+        "result": [{**TASK["annotations"][0]["result"][0], "to_name": "left,right"}],
+    }
+    return {**TASK, "data": {"question": "Which?", "left": "one", "right": "two"}, "annotations": [annotation]}
+
+
+@pytest.mark.parametrize(
+    ("format", "columns", "option"),
+    [
+        (
+            "label-studio",
+            Columns(user="annotator"),
+            "--user_column 'annotator'.*takes --prompt_column, --left, --right",
+        ),
+        ("prism", Columns(prompt="question"), "--prompt_column 'question'.*takes none of them"),
+        ("trl", Columns(left="a"), "--left 'a'"),
+        ("trl", Columns(aspect="helpful"), "--aspect 'helpful'"),
+        ("multipref", Columns(chosen="a"), "--chosen_column 'a'.*takes --aspect"),
+    ],
+)
+def test_an_option_without_effect_is_refused(tmp_path, format, columns, option):
+    with pytest.raises(ConfigError, match=option):
+        import_preferences(saved(tmp_path, SAMPLES[format]), format, columns)
+
+
+def test_the_report_names_where_prompts_may_be(tmp_path):
+    talk = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    texts = {"user_id": "u", "question": "p", "mine": "b", "chosen": "a", "rejected": "b", "n": 1, "split": "train"}
+    for format, records in (("trl", [texts]), ("label-studio", [asked_otherwise()])):
+        imported = import_preferences(saved(tmp_path, records), format)
+        assert "prompt" not in imported.rows[0]
+        assert "note: without prompts" in str(imported) and "question (--prompt_column question)" in str(imported)
+    # nothing to name: other kinds, a reply under another name, prompts that are there
+    assert "note" not in str(import_preferences(saved(tmp_path, [{"user_id": "u", **talk}]), "trl"))
+    assert "note" not in str(import_preferences(saved(tmp_path, [row(question="p")]), "trl"))
+
+
+def test_what_else_a_row_says_is_kept(tmp_path):
+    tools = [{"type": "function", "function": {"name": "now"}}]
+    records = [
+        row(meta={"src": "x"}, tools=tools, chat_template_kwargs={"thinking": True}, position="left", at=1, margin=2),
+        row(tools=None, chat_template_kwargs=None, position="right", at=2, margin=1),
+        row(meta=None, chat_template_kwargs='{"thinking": false}', position="left", at=3, margin=1),
+        row(meta="by hand", position="left", at=4, margin=1),
+    ]
+    imported = import_preferences(saved(tmp_path, records), "trl")
+    assert [found["meta"] for found in imported.rows] == [
+        {"src": "x", "position": "left", "at": 1},
+        {"position": "right", "at": 2},
+        {"position": "left", "at": 3},
+        {"meta": "by hand", "position": "left", "at": 4},
+    ]
+    assert [found["tools"] for found in imported.rows] == [tools, None, None, None]
+    # TRL unpacks it as it is: None would stop the training
+    assert [found["chat_template_kwargs"] for found in imported.rows] == [
+        {"thinking": True},
+        {},
+        {"thinking": False},
+        {},
+    ]
+    # what was imported comes out the same
+    imported.save(tmp_path / "again.jsonl")
+    assert import_preferences(tmp_path / "again.jsonl", "trl").rows == imported.rows
+    for bad, message in (
+        ({"chat_template_kwargs": 5}, "`chat_template_kwargs` is 5"),
+        ({"chat_template_kwargs": "x"}, "'x'"),
+    ):
+        with pytest.raises(DataError, match=f"record 1: .*{message}.* a record is needed"):
+            import_preferences(saved(tmp_path, [row(), row(**bad)]), "trl")
+    with pytest.raises(DataError, match="record 0: .*at.* both.*`meta`"):
+        import_preferences(saved(tmp_path, [row(at=1, meta={"at": 2})]), "trl")
+
+
+def test_what_is_kept_can_be_written(tmp_path):
+    """In `meta` may be what a column cannot hold (two types), what JSON cannot (a time) or nothing at all."""
+    mixed = import_preferences(saved(tmp_path, [row(note=1), row(note="x", chosen="c"), row(note=None)]), "trl")
+    assert [found["meta"]["note"] for found in mixed.rows] == ["1", "x", None]
+    assert "note: `meta` holds note as text, because its values are of several types" in str(mixed)
+    at = datetime(2024, 5, 1, 12, 30)
+    Dataset.from_list([row(at=at)]).to_parquet(str(tmp_path / "times.parquet"))
+    Dataset.from_list([row(at=b"\xff")]).to_parquet(str(tmp_path / "bytes.parquet"))
+    bare = import_preferences(saved(tmp_path, [row()]), "trl")
+    times = import_preferences(tmp_path / "times.parquet", "trl")
+    for name in ("out.jsonl", "out.parquet"):
+        for imported in (mixed, times, bare):
+            imported.save(tmp_path / name)
+            assert load_preferences(tmp_path / name)["chosen"][:] == [found["chosen"] for found in imported.rows]
+    times.save(tmp_path / "out.jsonl")
+    assert load_preferences(tmp_path / "out.jsonl")["meta"][0] == {"at": "2024-05-01T12:30:00"}
+    with pytest.raises(DataError, match="a bytes.*JSON cannot hold.*parquet"):
+        import_preferences(tmp_path / "bytes.parquet", "trl").save(tmp_path / "out.jsonl")
+
+
+def test_the_split_is_kept_whenever_it_is_there(tmp_path):
+    def imported(*splits, split=None):
+        return import_preferences(saved(tmp_path, [row(split=name) for name in splits]), "trl", split=split)
+
+    def splits_of(imported):
+        return [found.get("split") for found in imported.rows]
+
+    # one split alone too: without the column the file would be all training
+    assert splits_of(imported("test", "test")) == ["test", "test"]
+    assert splits_of(imported("train", "test", split="test")) == ["test"]
+    numbers = imported(0, 1, 1)
+    assert splits_of(numbers) == ["0", "1", "1"] and "note: `split` is of numbers; written as text" in str(numbers)
+    assert splits_of(imported(0, 1, 1, split="1")) == ["1", "1"]
+    assert "note" not in str(imported("train", "test"))
+    assert splits_of(imported(None, None)) == [None, None]
+    for missing in (None, "", " ", float("nan")):
+        with pytest.raises(DataError, match="1 of 3 records have no value in 'split'"):
+            imported(0, 1, missing)
+    with pytest.raises(DataError, match="'split' is True.* rows 0, 1"):
+        imported(True, False)
+    table = Dataset.from_list(SAMPLES["trl"])
+    DatasetDict({"test": table}).save_to_disk(str(tmp_path / "disk"))
+    assert splits_of(import_preferences(tmp_path / "disk", "trl")) == ["test"]
+
+
+def test_one_id_of_two_types_is_not_two_users_made_one(tmp_path):
+    with pytest.raises(UserIdError, match="record 2 .*is text.*record 0 .*a number"):
+        import_preferences(saved(tmp_path, [row(user_id=7), row(user_id="u"), row(user_id="7")]), "trl")
+    persons = [PERSON, {**PERSON, "person_id": "3"}]
+    with pytest.raises(UserIdError, match="record 1 .*is text.*record 0 .*a number"):
+        import_preferences(saved(tmp_path, persons), "personalllm")
+    parts = [row(user_id=7, split="train"), row(user_id="7", split="test")]
+    with pytest.raises(UserIdError, match=r"record 0 of .*\[test\].* is text.*record 0 of .*\[train\].*a number"):
+        import_preferences(saved(tmp_path, parts), "trl")
+    assert [
+        found["user_id"] for found in import_preferences(saved(tmp_path, [row(user_id=7), row()]), "trl").rows
+    ] == ["7", "u"]
+
+
+def test_prism_utterances_of_two_users_with_one_conversation_id(tmp_path):
+    def said(user, text, chosen):
+        return {"user_id": user, "conversation_id": 1, "turn": 0, "user_prompt": f"hi from {user}"} | {
+            "model_response": text,
+            "score": 9 * chosen,
+            "if_chosen": chosen,
+        }
+
+    utterances = [said("A", "a", True), said("B", "b", True), said("A", "c", False), said("B", "d", False)]
+    imported = import_preferences(saved(tmp_path, utterances), "prism")
+    assert [(user, chosen[0]["content"], rejected[0]["content"]) for user, _, chosen, rejected in short(imported)] == [
+        ("A", "a", "c"),
+        ("B", "b", "d"),
+    ]
+    # the number is that of the file's record
+    with pytest.raises(DataError, match="record 2: .*`turn`"):
+        import_preferences(saved(tmp_path, [*utterances[::2], {**utterances[1], "turn": "0"}]), "prism")
+
+
+# -- what no schema foresaw
+
+
+def annotated(**more):
+    return {**TASK, "annotations": [{**TASK["annotations"][0], **more}]}
+
+
+@pytest.mark.parametrize(
+    ("format", "record", "message"),
+    [
+        ("trl", row(prompt=5), "`prompt` is 5 of type int"),
+        ("label-studio", {**TASK, "data": {"prompt": "p", "text1": 5, "text2": "b"}}, "`chosen` is 5 of type int"),
+        ("label-studio", {**TASK, "annotations": [12]}, "an annotation .*12"),
+        ("label-studio", annotated(result={"type": "pairwise"}), "an annotation .*`result`"),
+        ("label-studio", annotated(result=["x"]), "an annotation .*`result`"),
+        # found by trying, not by name
+        ("label-studio", annotated(result=[{"type": "pairwise", "value": "left"}]), "AttributeError"),
+        ("summarize-from-feedback", {**tldr(), "choice": 1.0}, "TypeError"),
+        ("helpsteer2", {"prompt": ["p"], "response": "r", **SCORES}, "TypeError"),
+        ("prism", prism(asked("hi"), {"turn": 0, "role": "model"}), "`content`"),
+        ("prism", prism(asked("hi"), asked("x", "1")), "`turn`"),
+        ("prism", prism(asked("hi"), asked("x", float("nan"))), "`turn`"),
+        ("prism", prism(asked("hi"), reply(5, True, 1, 0), reply("b", False, 0, 1)), "`content`"),
+        ("summarize-from-feedback", {**tldr(), "extra": "x"}, "`extra`"),
+        ("summarize-from-feedback", {**tldr(), "summaries": [{"text": 1}, {"text": "b"}]}, "`text`"),
+        ("multipref", {**MULTIPREF, "text": 5}, "`prompt` is 5"),
+        ("multipref", {**MULTIPREF, "expert_worker_annotations": 5}, "TypeError"),
+        ("personalllm", {**PERSON, "prompt_1": float("nan")}, "`prompt` is nan"),
+        ("helpsteer2", {"prompt": "p", "response": "r", **SCORES, "helpfulness": float("nan")}, "not finite numbers"),
+        ("helpsteer2", {"prompt": "p", "response": "r", **SCORES, "verbosity": float("inf")}, "not finite numbers"),
+    ],
+)
+def test_a_record_of_other_types_is_named(tmp_path, capsys, format, record, message):
+    source = saved(tmp_path, [SAMPLES[format][0], record])
+    with pytest.raises(DataError, match=f"(?s)record 1: .*{message}") as raised:
+        import_preferences(source, format)
+    assert f"is not of the schema {format!r}" in str(raised.value)
+    assert cli.main(["data", "import", "--format", format, str(source), str(tmp_path / "out.jsonl")]) == 2
+    assert "DataError" in capsys.readouterr().err
+
+
+def test_rows_of_two_forms_are_refused(tmp_path):
+    talk = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    with pytest.raises(DataError, match=r"imported \(.*'chosen' mixes types \(2 str, 1 list; list at row 1\)"):
+        import_preferences(saved(tmp_path, [row(), row(**talk), row()]), "trl")
+
+
+def test_half_of_a_surrogate_pair_is_no_text(tmp_path):
+    for bad in (row(chosen="bad \ud800"), row(note="\ud800")):
+        with pytest.raises(DataError, match="record 1 .*not valid Unicode"):
+            import_preferences(saved(tmp_path, [row(), bad]), "trl")
+
+
+# -- where it is written
+
+
+def try_output(path):
+    check_output(path, importers.ROW_FILES)
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder.jsonl").mkdir()
+    for path in (tmp_path / "file" / "out.jsonl", tmp_path / "folder.jsonl", Path("/proc/none/out.jsonl")):
+        for write in (try_output, lambda path: write_rows([row()], path)):
+            with pytest.raises(DataError, match="cannot be written: .*Error"):
+                write(path)
+    try_output(tmp_path / "new" / "out.jsonl")
+    assert list((tmp_path / "new").iterdir()) == []
+    kept = tmp_path / "kept.jsonl"
+    kept.write_text("what is there")
+    try_output(kept)
+    assert kept.read_text() == "what is there"
+    with pytest.raises(DataError, match="does not end in"):
+        try_output(tmp_path / "out.txt")

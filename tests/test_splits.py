@@ -1,8 +1,10 @@
 """Splits: what may not be torn apart, what is asked per user, the same for every order of the rows, checked when applied."""
 
+import gzip
 import hashlib
 import json
 import random
+import time
 from collections import Counter, defaultdict
 
 import pytest
@@ -114,6 +116,35 @@ def test_near_duplicates_are_those_of_all_pairs_compared(threshold):
     assert len(groups) < len(texts) or threshold == 1.0
 
 
+@pytest.mark.parametrize("threshold", [0.5, 0.8])
+def test_near_duplicates_on_a_template_are_those_of_all_pairs_compared(threshold):
+    draw = random.Random(5)
+    words = "alpha beta gamma delta epsilon zeta eta theta iota kappa".split()
+    texts = [
+        f"Please summarise ticket {draw.randrange(10**5):05d} in one short sentence: {' '.join(draw.choices(words, k=6))}"
+        for _ in range(90)
+    ]
+    texts += [f"{text}{end}" for text in texts[:30] for end in ("x", " again")]
+    texts += [f"{n} {'nothing in common with the others, but alike itself ' * 2}" for n in range(40)]
+    draw.shuffle(texts)
+    found = near_duplicates(texts, threshold)
+    groups = [{number for number, own in enumerate(found) if own == group} for group in range(max(found) + 1)]
+    assert groups == groups_by_brute_force(texts, threshold)
+
+
+def test_a_thousand_prompts_on_one_template_take_a_second():
+    draw = random.Random(7)
+    words = "alpha beta gamma delta eps zeta eta theta iota kappa lam mu nu xi omi pi rho".split()
+    texts = [
+        "Please summarise the support ticket with the following number in one short sentence for the weekly report of our team: "
+        f"{n * 7919 % 100003:05d} {''.join(draw.choices(words, k=3))} {' '.join(draw.choices(words, k=4))}"
+        for n in range(1000)
+    ]
+    start = time.process_time()
+    near_duplicates(texts)
+    assert time.process_time() - start < 5  # 0.5 s alone; every pair by itself took 8 s
+
+
 def test_case_punctuation_spaces_and_unicode_forms_are_no_difference():
     same = ["Boil it, in VINEGAR!", "boil it in vinegar", "  Boil  it (in vinegar).", "ｂｏｉｌ it in vinegar"]
     assert near_duplicates([*same, "boil it in milk"]) == [0, 0, 0, 0, 1]
@@ -203,6 +234,51 @@ def test_a_users_answers_are_shared_out_exactly():
     # gaps to 4, .5, .5: four to train, then the first of two equals
     assert counts["cat"] == {"train": 4, "validation": 1}
     assert counts["dan"] == {"train": 1}
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 6, 8, 15])
+def test_the_shares_of_many_users_with_few_answers_are_those_asked(n):
+    rows = log({f"u{number}": n for number in range(100)})
+    split = split_by_comparison(Dataset.from_list(rows))
+    assert not split.notes
+    for name, share in {"train": 0.8, "validation": 0.1, "test": 0.1}.items():
+        assert abs(split.counts()[name] - share * 100 * n) <= 1
+    shuffled = random.Random(n).sample(rows, len(rows))
+    assert split_by_comparison(Dataset.from_list(shuffled)) == split
+    counts = Counter((row["user_id"], name) for row, name in zip(rows, names_by_row(split, rows), strict=True))
+    for (_, name), number in counts.items():  # and each user's within one
+        assert abs(number - {"train": 0.8, "validation": 0.1, "test": 0.1}[name] * n) < 1
+
+
+def test_the_shares_of_users_with_any_numbers_of_answers_are_those_asked():
+    draw = random.Random(1)
+    rows = log({f"u{number}": draw.choice([1, 2, 3, 5, 7, 12, 30]) for number in range(150)})
+    fractions = {"train": 0.7, "test": 0.15, "dev": 0.1, "rest": 0.05}
+    for fewest in ({}, {"train": 1}):
+        split = split_by_comparison(Dataset.from_list(rows), fractions, fewest=fewest, too_few="keep")
+        for name, share in fractions.items():
+            assert abs(split.counts()[name] - share * len(rows)) <= 2
+        users = Counter(
+            row["user_id"] for row, name in zip(rows, names_by_row(split, rows), strict=True) if name == "train"
+        )
+        assert not fewest or len(users) == 150
+
+
+def test_the_shares_of_seen_users_with_few_answers_are_those_asked():
+    rows = log({f"u{number:02d}": 5 for number in range(100)})
+    split = split_by_user(Dataset.from_list(rows), unseen=20, shots=(0, 2), n_test=3)
+    assert split.counts() == {"train": 320, "validation": 40, "test": 40, "unseen_support": 40, "unseen_test": 60}
+
+
+def test_a_split_without_rows_is_told_with_the_reason():
+    rows = log({f"u{number}": 1 for number in range(100)})
+    split = split_by_comparison(Dataset.from_list(rows))
+    assert split.counts() == {"train": 100}
+    assert split.notes == ["no row in validation, test: what each user must have elsewhere (fewest) leaves none"]
+    split = split_by_comparison(Dataset.from_list(log({"ann": 4})))
+    assert split.notes == ["no row in test: too few rows for so small a share"]
+    split = split_by_user(Dataset.from_list(log({"ann": 4, "bob": 4})), 1, [0], 4)
+    assert "no row in test: too few rows for so small a share" in split.notes
 
 
 def test_fewest_is_served_before_the_shares():
@@ -405,6 +481,33 @@ def test_users_with_too_few_answers_for_the_curve():
     assert SHOTS == (0, 1, 2, 5, 10, 20, 50, 100)
 
 
+def test_the_remedy_for_too_few_answers_is_one_that_helps():
+    dataset = Dataset.from_list(log({f"u{number:02d}": 10 for number in range(20)}))
+    with pytest.raises(DataError) as raised:
+        split_by_user(dataset, shots=(0, 5, 10), too_few="keep")
+    message = str(raised.value)
+    assert "0 of 20 users have the 21 answers (1 to learn from, 20 to test)" in message
+    assert message.endswith("Ask for n_test=9 or less.")
+    assert split_by_user(dataset, shots=(0, 5, 10), too_few="keep", n_test=9).counts()["unseen_test"] == 36
+    # more test answers than anybody has: taking users with fewer is not enough
+    with pytest.raises(DataError, match=r"the 30 answers .*needs\. Ask for n_test=9 or less with too_few='keep'\.$"):
+        split_by_user(dataset, shots=(0, 5, 10))
+    with pytest.raises(DataError, match=r"Ask for a curve .shots. of at most 5, or for users .* .too_few='keep'.\.$"):
+        split_by_user(dataset, shots=(0, 5, 10), n_test=5)
+    split_by_user(dataset, shots=(0, 5), n_test=5), split_by_user(dataset, shots=(0, 5, 10), n_test=5, too_few="keep")
+    with pytest.raises(
+        DataError, match=r"Ask for a curve .shots. of at most 2, or for n_test=5 or less, or for users"
+    ):
+        split_by_user(dataset, shots=(0, 5), n_test=8)
+    split_by_user(dataset, shots=(0, 2), n_test=8), split_by_user(dataset, shots=(0, 5), n_test=5)
+    uneven = Dataset.from_list(log({"ann": 40, "bob": 40, "cat": 1, "dan": 1}))
+    with pytest.raises(DataError, match=r"2 of 4 users have the 21 answers .*\. Ask for 2 unseen users or fewer\.$"):
+        split_by_user(uneven, unseen=3, too_few="keep")
+    single = Dataset.from_list(log({f"u{number:02d}": 1 for number in range(20)}))
+    with pytest.raises(DataError, match=r"Split by comparison or by item\.$"):
+        split_by_user(single, too_few="keep")
+
+
 def test_as_many_users_as_are_wanted_are_enough():
     dataset = Dataset.from_list(log({"ann": 30, "bob": 29, "cat": 30, "dan": 29}))
     for too_few in ("raise", "keep", "leave_out"):
@@ -542,11 +645,16 @@ def test_files_that_cannot_be_read(tmp_path):
     split.save(path)
     path.write_bytes(path.read_bytes()[:-40])
     (tmp_path / "no.json.gz").write_bytes(b"{}")
-    for bad in (path, tmp_path / "no.json.gz", tmp_path / "absent.json"):
+    packed = bytearray(gzip.compress(path.read_bytes(), mtime=0))
+    packed[10] = 0xFF  # a block of a type that does not exist: zlib.error
+    (tmp_path / "damaged.json.gz").write_bytes(packed)
+    for bad in (path, tmp_path / "no.json.gz", tmp_path / "absent.json", tmp_path / "damaged.json.gz"):
         with pytest.raises(DataError, match="cannot be read"):
             Split.load(bad)
     with pytest.raises(DataError, match="ends in .json"):
         split.save(tmp_path / "split.pkl")
+    with pytest.raises(DataError, match="cannot be written"):
+        split.save(path / "below a file" / "split.json")
 
 
 # -- at the command line
@@ -573,6 +681,79 @@ def test_the_command_writes_a_split_and_applies_it(tmp_path, capsys):
     assert cli.main(["data", "split", source, out, "--by", "item", "--item", "pair"]) == 0
     for bad in (["--fractions", "train"], ["--by", "user", "--unseen", "x"], ["--by", "user", "--shots", "1,x"]):
         assert cli.main(["data", "split", source, out, *bad]) == 2
+
+
+def write_log(path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_where_the_command_cannot_write_is_found_before_the_work(tmp_path, monkeypatch, capsys):
+    source = write_log(tmp_path / "log.jsonl", log({"ann": 20}))
+    (tmp_path / "there.json").write_text("kept")
+
+    def working(*_, **__):
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr("trl_sharelora.scripts.data.load_preferences", working)
+    for out, said in (
+        (f"{source}/split.json", "cannot be written"),
+        (f"{source}/rows.jsonl", "cannot be written"),
+        (str(tmp_path / "split.txt"), "does not end in"),
+    ):
+        assert cli.main(["data", "split", source, out]) == 2
+        assert said in capsys.readouterr().err
+    with pytest.raises(AssertionError, match="the work began"):
+        cli.main(["data", "split", source, str(tmp_path / "there.json")])
+    with pytest.raises(AssertionError, match="the work began"):
+        cli.main(["data", "split", source, str(tmp_path / "new.json")])
+    assert (tmp_path / "there.json").read_text() == "kept" and not (tmp_path / "new.json").exists()
+
+
+def test_a_split_is_applied_to_a_log_with_another_user_column(tmp_path, capsys):
+    rows = log({"ann": 20, "bob": 20})
+    renamed = [{"worker": row.pop("user_id"), **row} for row in map(dict, rows)]
+    source, other = (write_log(tmp_path / name, own) for name, own in (("a.jsonl", rows), ("b.jsonl", renamed)))
+    out, applied = str(tmp_path / "split.json"), str(tmp_path / "rows.jsonl")
+    assert cli.main(["data", "split", source, out]) == 0
+    capsys.readouterr()
+    assert cli.main(["data", "split", other, applied, "--apply", out]) == 2
+    message = capsys.readouterr().err
+    assert "no column 'user_id'" in message and "'worker'" in message and "--user_column" in message
+    assert cli.main(["data", "split", other, applied, "--apply", out, "--user_column", "worker"]) == 0
+    written = [json.loads(line)["split"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert written == names_by_row(Split.load(out), rows)
+
+
+def test_a_split_applied_to_rows_without_texts():
+    split = split_by_comparison(Dataset.from_list(log({"ann": 20})))
+    for use in (split.names_of, split.apply, split.places_of):
+        with pytest.raises(DataError, match="no column 'chosen', 'rejected'.*before tokenisation"):
+            use(Dataset.from_list([{"user_id": "ann", "chosen_ids": [1], "rejected_ids": [2]}]))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--by", "item"],
+        ["--by", "comparison"],
+        ["--seed", "0"],
+        ["--fractions", "train=1"],
+        ["--fewest", "train=1"],
+        ["--too_few", "keep"],
+        ["--item", "pair"],
+        ["--near", "0.9"],
+        ["--unseen", "3"],
+        ["--shots", "1"],
+        ["--n_test", "2"],
+    ],
+)
+def test_an_option_that_a_split_file_settles_is_refused(option, tmp_path, capsys):
+    source, out = write_log(tmp_path / "a.jsonl", log({"ann": 20})), str(tmp_path / "split.json")
+    assert cli.main(["data", "split", source, out]) == 0
+    assert cli.main(["data", "split", source, str(tmp_path / "rows.jsonl"), "--apply", out, *option]) == 2
+    assert f"ConfigError: {option[0]}" in capsys.readouterr().err
+    assert not (tmp_path / "rows.jsonl").exists()
 
 
 def test_a_split_that_is_handed_on_names_nobody(tmp_path):
@@ -605,3 +786,69 @@ def test_a_prompt_that_both_answers_begin_with_is_on_one_side_only():
         sides.setdefault(row["chosen"][0]["content"], set()).add(name)
     assert len(sides) == 10 and all(len(found) == 1 for found in sides.values())
     assert len({name for found in sides.values() for name in found}) > 1
+
+
+def dialogues(answers) -> list[dict]:
+    """Four rows on each of 40 questions, in HH-RLHF's form: the prompt is the beginning of both answers."""
+    return [
+        {
+            "user_id": f"u{n % 4}",
+            "chosen": f"\n\nHuman: what is {'abcdefgh'[n % 8] * 9} {n % 40}?\n\nAssistant: {one}",
+            "rejected": f"\n\nHuman: what is {'abcdefgh'[n % 8] * 9} {n % 40}?\n\nAssistant: {two}",
+        }
+        for n in range(160)
+        for one, two in [answers(n)]
+    ]
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        lambda n: (f"c{n}", f"r{n}"),
+        lambda n: (f"yes{n}", f"year{n}"),  # alike in letters
+        lambda n: (f"{'I am' if n % 3 else 'So it'} may{n}", f"{'I am' if n % 3 else 'So it'} not{n}"),  # in words
+        lambda n: (f"no{n}", f"no{n} really"),  # one goes on where the other ends
+    ],
+)
+@pytest.mark.parametrize("near", [0.8, 1.0])
+def test_a_prompt_that_both_texts_begin_with_is_on_one_side_only(answers, near):
+    rows = dialogues(answers)
+    split = split_by_item(Dataset.from_list(rows), near=near, too_few="keep")
+    assert split.notes[:2] == [
+        "an item is a prompt",
+        "no column 'prompt': what both answers begin with is taken for it",
+    ]
+    sides = defaultdict(set)
+    for row, name in zip(rows, names_by_row(split, rows), strict=True):
+        sides[row["chosen"].split("?")[0]].add(name)
+    assert len(sides) == 40 and all(len(found) == 1 for found in sides.values())
+    assert set.union(*sides.values()) == {"train", "validation", "test"}
+    assert split == split_by_item(Dataset.from_list(rows[::-1]), near=near, too_few="keep")
+
+
+def test_the_prompt_of_both_texts_is_trls():
+    from trl import extract_prompt
+
+    from trl_sharelora.splits import _common_beginning
+
+    for row in dialogues(lambda n: (f"{n % 7} is so", f"{n % 7 + 8} is")):
+        assert _common_beginning(row["chosen"], row["rejected"]) == extract_prompt(row)["prompt"].rstrip()
+    # but it ends with a whole word, and where the reply begins
+    assert _common_beginning("what? year", "what? yes") == "what?"
+    assert _common_beginning("q Assistant: I am", "q Assistant: I do") == "q Assistant:"
+    assert _common_beginning("q <|assistant|>\nI am", "q <|assistant|>\nI do") == "q <|assistant|>"
+    assert _common_beginning("q one", "q one two") == "q" and _common_beginning("one", "onetwo") == ""
+    assert _common_beginning("one", "two") == _common_beginning("yes", "year") == ""
+
+
+def test_prompts_that_cannot_be_told_are_noted():
+    rows = [{key: row[key] for key in ("user_id", "chosen", "rejected")} for row in log({"ann": 30, "bob": 30})]
+    split = split_by_item(Dataset.from_list(rows))
+    assert split.notes[0].startswith("an item is a pair: one prompt has 100%")
+    assert split.notes[1].startswith("no column 'prompt', and most answers do not begin alike: ")
+    assert "may be on both sides" in split.notes[1]
+    # pairs and replies are asked for: nothing is said of prompts
+    for item in ("pair", "reply"):
+        assert not any(
+            "prompt" in note for note in split_by_item(Dataset.from_list(rows), item=item, too_few="keep").notes
+        )

@@ -12,7 +12,9 @@ import json
 import logging
 import math
 import os
+import zlib
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,9 @@ logger = logging.getLogger(__name__)
 TEXT_COLUMNS = ("prompt", "chosen", "rejected")
 # Rows that were tokenised before; the second pair is TRL's older spelling, which it still takes.
 TOKEN_COLUMNS = (("chosen_ids", "rejected_ids"), ("chosen_input_ids", "rejected_input_ids"))
+
+# of the files that are read
+_ENDINGS = ".jsonl, .json, .csv (each also with .gz) or .parquet"
 
 # kind of problem -> (what is wrong with the column, what to do); the order is the order of the report
 PROBLEMS = {
@@ -485,8 +490,8 @@ def load_preferences(path_or_id: str | os.PathLike, split: str | None = None) ->
             The split to take. In a file, the rows whose column `split` says so; a file without this column is `"train"`.
 
     Raises:
-        DataError: There is no such file, it cannot be parsed (the line is named), a column mixes types, or the split is not
-            there or not named where there are several.
+        DataError: There is no such file or dataset, it is damaged or cannot be parsed (the line is named), it ends in something else,
+            a column mixes types or holds half of a character, or the split is not there or not named where there are several.
     """
     path = Path(path_or_id)
     suffix = "".join(path.suffixes[-2:] if path.suffix == ".gz" else path.suffixes[-1:]).lower()
@@ -497,8 +502,22 @@ def load_preferences(path_or_id: str | os.PathLike, split: str | None = None) ->
         if not path.is_file():
             raise DataError(f"There is no file {str(path)!r} (looked for in {Path.cwd()}).")
         return _split_of_rows(reader(path), split, str(path))
+    if path.is_file():
+        raise DataError(
+            f"The file {str(path)!r} does not end in {_ENDINGS}. Rename it if it is one of these, or convert it."
+        )
     saved = path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
-    loaded = load_from_disk(str(path)) if saved else load_dataset(str(path_or_id))
+    try:
+        loaded = load_from_disk(str(path)) if saved else load_dataset(str(path_or_id))
+    except Exception as error:  # `datasets` raises a dozen kinds, from the network's to pyarrow's
+        raise DataError(
+            f"{str(path_or_id)!r} cannot be read: {type(error).__name__}: {str(error).rstrip('.')}. It is "
+            + (
+                "a folder; one that save_to_disk wrote whole, or of data files, is needed."
+                if path.is_dir()
+                else f"no file here (looked for in {Path.cwd()}; one ends in {_ENDINGS}) and could not be had from the hub."
+            )
+        ) from error
     if isinstance(loaded, Dataset):
         return _split_of_rows(loaded, split, str(path_or_id))
     if split in loaded:
@@ -525,6 +544,50 @@ def _split_of_rows(dataset: Dataset, split: str | None, source: str) -> Dataset:
     return dataset.select(rows)
 
 
+def check_output(path: str | os.PathLike, endings: Sequence[str]) -> None:
+    """Try a place where a file is to be written: before the work that makes it, not after it.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The file. Its folder is made; what is there stays as it is.
+        endings (`Sequence[str]`):
+            It has one of these.
+
+    Raises:
+        DataError: It ends in something else, or it cannot be written.
+    """
+    path = Path(path)
+    if not path.name.endswith(tuple(endings)):
+        raise DataError(
+            f"The output {str(path)!r} does not end in {', '.join(endings[:-1])} or {endings[-1]}."
+            if len(endings) > 1
+            else f"The output {str(path)!r} does not end in {endings[0]}."
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not os.path.lexists(path)
+        path.open("ab").close()
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise not_written(path, error) from error
+
+
+def not_written(path: str | os.PathLike, error: Exception) -> DataError:
+    """The error for a file that cannot be written, to be raised."""
+    return DataError(
+        f"The output {os.fspath(path)!r} cannot be written: {type(error).__name__}: {error}. A file in a folder that can be made and written to, "
+        "with room on its disk, is needed; what Parquet cannot hold, .jsonl can."
+    )
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    return DataError(
+        f"{path} cannot be read: {type(error).__name__}: {str(error).rstrip('.')}. Is it cut off or damaged (copy it again), or not of the format that "
+        "its ending says?"
+    )
+
+
 def json_records(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON list or of JSON lines, `.gz` or not, each as it is.
 
@@ -533,14 +596,16 @@ def json_records(path: Path) -> list[dict[str, Any]]:
             The file.
 
     Raises:
-        DataError: it is not UTF-8 text, not JSON (with the line), or holds something else than objects.
+        DataError: it is damaged, not UTF-8 text, not JSON (with the line), or holds something else than objects.
     """
     opener = gzip.open if path.suffix.lower() == ".gz" else open
     try:
         with opener(path, "rb") as file:
             text = file.read().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-    except (UnicodeDecodeError, EOFError, OSError) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 text: {type(error).__name__}: {error}.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} cannot be read as UTF-8 text: {error}. Save it in UTF-8.") from error
+    except (EOFError, OSError, zlib.error) as error:
+        raise _unreadable(path, error) from error
     rows: list[Any] = []
     is_list = text.lstrip().startswith("[")
     # not splitlines(): JSON text may hold U+2028 and its like as they are
@@ -549,8 +614,8 @@ def json_records(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             value = json.loads(part)
-        except json.JSONDecodeError as error:
-            line = error.lineno if is_list else number
+        except (ValueError, RecursionError) as error:  # also a number of 5,000 digits, and lists in lists in lists
+            line = error.lineno if is_list and isinstance(error, json.JSONDecodeError) else number
             raise DataError(
                 f"{path} is not JSON at line {line}: {error}. Is the file cut off or edited by hand?"
             ) from error
@@ -579,6 +644,8 @@ def _read_csv(path: Path) -> Dataset:
             f"{path} is not a CSV file in UTF-8 with the names of the columns in its first line: {str(error).strip()}. Texts "
             "with commas or line breaks need quotes."
         ) from error
+    except (EOFError, OSError, zlib.error) as error:
+        raise _unreadable(path, error) from error
     names = frame.iloc[0].tolist()
     if len(set(names)) < len(names) or not all(isinstance(name, str) and name.strip() for name in names):
         raise DataError(f"{path}: the first line must name every column, each differently; it is {names}.")
@@ -605,13 +672,32 @@ def _read_csv(path: Path) -> Dataset:
 
 
 def _read_parquet(path: Path) -> Dataset:
-    return load_dataset("parquet", data_files=str(path), split="train")
+    try:
+        return load_dataset("parquet", data_files=str(path), split="train")
+    except Exception as error:  # pyarrow's, or what `datasets` makes of them
+        raise _unreadable(path, error) from error
+
+
+def _is_unicode(value: Any) -> bool:
+    """Whether all text in it can be written down: JSON may hold one half of a character of two."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _from_columns(columns: dict[str, list[Any]], path: Path) -> Dataset:
     for column, values in columns.items():
         try:
+            pa.array([column])
             pa.array(values)
+        except UnicodeEncodeError as error:
+            rows = [row for row, value in enumerate(values) if not _is_unicode(value)]
+            raise DataError(
+                f"{path}: the column {column!r} holds half of a character in {some_rows(rows) if rows else 'its name'}: {error}. Was text cut in the "
+                'middle of an emoji? Write it anew (text.encode("utf-8", "replace").decode()), or drop the row.'
+            ) from error
         except (pa.ArrowException, OverflowError) as error:
             types = Counter(type(value).__name__ for value in values if value is not None)
             rarest = min(types, key=lambda kind: types[kind])

@@ -49,7 +49,7 @@ from scipy.sparse.linalg import svds
 
 from .data import check_preference_rows, check_row, load_preferences
 from .errors import ConfigError, DataError, ShareLoraError, UserIdError, some_rows
-from .splits import _hash, near_duplicates, pair_key, plain_text, prompt_of
+from .splits import _hash, near_duplicates, pair_key, plain_text, prompts_of
 from .users import user_id_as_text
 
 
@@ -257,7 +257,7 @@ class _Log:
         self.users = [user_id_as_text(row[user_column]) for row in rows]
         self.pairs = [pair_key(row) for row in rows]
         self.sides = [(plain_text(row["chosen"]), plain_text(row["rejected"])) for row in rows]
-        self.prompts = [prompt_of(row) for row in rows]
+        self.prompts = prompts_of(rows)
         # A direction that knows neither the label nor the format: the reply whose hash comes first is A. (In the order of the
         # alphabet, a quote before one reply of each pair would make it A always.)
         self.a_chosen = np.array([_hash(row["chosen"]) < _hash(row["rejected"]) for row in rows], dtype=bool)

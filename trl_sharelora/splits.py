@@ -17,8 +17,9 @@ import os
 import re
 import sys
 import unicodedata
+import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
@@ -26,6 +27,8 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from scipy.sparse import csr_matrix
+from scipy.sparse.csgraph import connected_components
 
 from .data import check_preference_rows
 from .errors import ConfigError, DataError, some_rows
@@ -46,10 +49,15 @@ SHINGLE = 5  # characters
 # = 0.8 and r = 6 that is 0.9993, and 0.31 for one of 0.5. r is the largest number for which a pair at the threshold is found
 # with RECALL.
 PERMUTATIONS, MOST_ROWS, RECALL = 144, 6, 0.99
+# Buckets of more texts are compared by matrix products. What one text in twelve has there is cheaper in a dense one.
+_FEW_TEXTS, _DENSE, _BLOCK = 32, 1 / 12, 2048
 DIGEST_BYTES = 16
 # hyphens, dashes and the minus sign are typed for each other
 _DASHES = dict.fromkeys([*range(0x2010, 0x2016), 0x2212], "-")
+# where the reply begins in a dialogue written as one text: "Assistant:", "<|assistant|>", "<|im_start|>assistant" and a line break
+_REPLY = re.compile(r"(?is).*\bassistant(?:\|?>|<\||:|\n)")
 TOO_FEW = ("raise", "leave_out", "keep")
+_FEWEST_TAKES_ALL = "what each user must have elsewhere (fewest) leaves none"
 ITEMS = ("auto", "prompt", "pair", "reply")
 
 
@@ -105,6 +113,26 @@ def prompt_of(row: Mapping[str, Any]) -> str:
             break
         common.append(one)
     return plain_text(common)
+
+
+def _common_beginning(chosen: str, rejected: str) -> str:
+    """What two texts begin with, as TRL's `extract_prompt` has it, but to the end of a word, and of a dialogue to where the reply begins."""
+    common = os.path.commonprefix([chosen, rejected])
+    reply = _REPLY.match(common)
+    if reply:
+        return reply[0].rstrip()
+    # the word in which they part belongs to the replies; the dot stands for it where they part after a space
+    words = f"{common}.".rsplit(None, 1)
+    return words[0] if len(words) > 1 else ""
+
+
+def prompts_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """[`prompt_of`] of each row; of texts without a column for it, what both answers begin with, or "" if in most rows that is nothing."""
+    prompts = [prompt_of(row) for row in rows]
+    if any(prompts) or not all(isinstance(row["chosen"], str) for row in rows):
+        return prompts
+    common = [_common_beginning(row["chosen"], row["rejected"]) for row in rows]
+    return common if sum(map(bool, common)) > len(rows) / 2 else prompts
 
 
 def normalised(text: str) -> str:
@@ -208,47 +236,105 @@ def near_duplicates(texts: Sequence[str], threshold: float = NEAR) -> list[int]:
         raise ConfigError(f"threshold={threshold} came; a similarity above 0 and at most 1 is needed.")
     forms = [normalised(text) or text for text in texts]
     distinct = list(dict.fromkeys(forms))
-    parents = list(range(len(distinct)))
-
-    def root(number: int) -> int:
-        while parents[number] != number:
-            parents[number] = parents[parents[number]]
-            number = parents[number]
-        return number
-
+    labels = np.arange(len(distinct))
     if threshold < 1 and len(distinct) > 1:
-        shingles = [_shingles(text) for text in distinct]
-        random = np.random.default_rng(0)  # the permutations, not the split
-        slopes = random.integers(1, 2**63, PERMUTATIONS, dtype=np.uint64) | np.uint64(1)
-        shifts = random.integers(0, 2**63, PERMUTATIONS, dtype=np.uint64)
-        signatures = np.empty((len(distinct), PERMUTATIONS), dtype=np.uint32)
-        for number, hashes in enumerate(shingles):
-            values = (hashes[:, None] * slopes + shifts) >> np.uint64(32)
-            signatures[number] = values.min(axis=0)
-        height = max(
-            rows
-            for rows in range(1, MOST_ROWS + 1)
-            if rows == 1 or 1 - (1 - threshold**rows) ** (PERMUTATIONS // rows) >= RECALL
-        )
-        for start in range(0, PERMUTATIONS - height + 1, height):
-            part = np.ascontiguousarray(signatures[:, start : start + height])
-            buckets = defaultdict(list)
-            for number, key in enumerate(map(bytes, part)):
-                buckets[key].append(number)
-            for bucket in buckets.values():
-                for place, number in enumerate(bucket[:-1]):
-                    others = np.array(bucket[place + 1 :])
-                    # the share of equal entries estimates the similarity with a standard deviation of 0.03 at 0.8
-                    agreement = (signatures[others] == signatures[number]).mean(axis=1)
-                    for other in others[agreement >= threshold - 0.15]:
-                        if root(number) == root(int(other)):
-                            continue
-                        common = len(np.intersect1d(shingles[number], shingles[other], assume_unique=True))
-                        if common >= threshold * (len(shingles[number]) + len(shingles[other]) - common):
-                            parents[root(int(other))] = root(number)
-    group_of = {text: root(number) for number, text in enumerate(distinct)}
+        labels = _joined([_shingles(text) for text in distinct], threshold)
+    group_of = dict(zip(distinct, labels.tolist(), strict=True))
     numbers: dict[int, int] = {}
     return [numbers.setdefault(group_of[form], len(numbers)) for form in forms]
+
+
+def _joined(shingles: list[np.ndarray], threshold: float) -> np.ndarray:
+    """A label for each set of shingles, the same for those that pairs of a similarity of `threshold` connect."""
+    random = np.random.default_rng(0)  # the permutations, not the split
+    slopes = random.integers(1, 2**63, PERMUTATIONS, dtype=np.uint64) | np.uint64(1)
+    shifts = random.integers(0, 2**63, PERMUTATIONS, dtype=np.uint64)
+    signatures = np.empty((len(shingles), PERMUTATIONS), dtype=np.uint32)
+    for number, hashes in enumerate(shingles):
+        values = (hashes[:, None] * slopes + shifts) >> np.uint64(32)
+        signatures[number] = values.min(axis=0)
+    height = max(
+        rows
+        for rows in range(1, MOST_ROWS + 1)
+        if rows == 1 or 1 - (1 - threshold**rows) ** (PERMUTATIONS // rows) >= RECALL
+    )
+    bands = []
+    met = np.zeros(len(shingles), dtype=bool)
+    for start in range(0, PERMUTATIONS - height + 1, height):
+        part = np.ascontiguousarray(signatures[:, start : start + height]).view(f"V{4 * height}")
+        bands.append(np.unique(part[:, 0], return_inverse=True)[1])
+        met |= np.bincount(bands[-1])[bands[-1]] > 1
+    labels = np.arange(len(shingles))
+    members = np.flatnonzero(met)
+    if len(members):
+        own = [band[members] for band in bands]
+        labels[members] = len(shingles) + _joined_in_bands(own, [shingles[member] for member in members], threshold)
+    return labels
+
+
+def _joined_in_bands(bands: list[np.ndarray], shingles: list[np.ndarray], threshold: float) -> np.ndarray:
+    """[`_joined`], of the pairs that are in one bucket of some band."""
+    n = len(shingles)
+    columns = np.unique(np.concatenate(shingles), return_inverse=True)[1].astype(np.int32)
+    ends = np.cumsum([0, *map(len, shingles)])
+    texts = csr_matrix((np.ones(len(columns), dtype=np.float32), columns, ends))
+    labels = np.arange(n)
+    compared = np.empty(0, dtype=np.int64)
+    for band in bands:
+        order = np.argsort(band, kind="stable")
+        keys = band[order]
+        sizes = np.bincount(keys)[keys]
+        large = np.flatnonzero((sizes > _FEW_TEXTS) & np.diff(keys, prepend=-1).astype(bool))
+        for start in large:
+            bucket = order[start : start + sizes[start]]
+            if (labels[bucket] != labels[bucket[0]]).any():
+                for first, second in _near_pairs(texts[bucket], threshold):
+                    labels = _connected(labels, bucket[first], bucket[second])
+        pairs = [np.empty(0, dtype=np.int64)]
+        for apart in range(1, _FEW_TEXTS):
+            same = np.flatnonzero((keys[apart:] == keys[:-apart]) & (sizes[apart:] <= _FEW_TEXTS))
+            pairs.append(order[same] * n + order[same + apart])
+        # what was compared in another band is not compared again
+        found = np.setdiff1d(np.concatenate(pairs), compared)
+        found = found[labels[found // n] != labels[found % n]]
+        compared = np.union1d(compared, found)
+        for place in range(0, len(found), _BLOCK):
+            first, second = np.divmod(found[place : place + _BLOCK], n)
+            one, other = texts[first], texts[second]
+            common = np.asarray(one.multiply(other).sum(axis=1), dtype=float)[:, 0]
+            near = common >= threshold * (np.diff(one.indptr) + np.diff(other.indptr) - common)
+            labels = _connected(labels, first[near], second[near])
+    return labels
+
+
+def _near_pairs(texts: csr_matrix, threshold: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pairs of rows whose similarity reaches `threshold`, all rows compared with all."""
+    n = texts.shape[0]
+    counts = np.bincount(texts.indices, minlength=texts.shape[1])
+    # a template is in all texts and need not be multiplied, a number or name in one
+    everywhere = (counts == n).sum()
+    dense = texts[:, np.flatnonzero((counts < n) & (counts > _DENSE * n))]
+    sparse = texts[:, np.flatnonzero((counts > 1) & (counts <= _DENSE * n))]
+    sizes = np.diff(texts.indptr)
+    step = int(np.clip(2**24 // max(dense.shape[1], 1), 64, _BLOCK))
+    blocks = [slice(start, start + step) for start in range(0, n, step)]
+    for place, rows in enumerate(blocks):
+        left = dense[rows].toarray()
+        for others in blocks[place:]:
+            common = (left @ dense[others].toarray().T).astype(float)
+            common += (sparse[rows] @ sparse[others].T).toarray() + everywhere
+            near = common >= threshold * (sizes[rows, None] + sizes[others] - common)
+            first, second = np.nonzero(np.triu(near, 1) if rows == others else near)
+            yield first + rows.start, second + others.start
+
+
+def _connected(labels: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Labels after the pairs `(first, second)` have been joined."""
+    ends = labels[first], labels[second]
+    if (ends[0] == ends[1]).all():
+        return labels
+    graph = csr_matrix((np.ones(len(first), dtype=bool), ends), shape=(len(labels),) * 2)
+    return connected_components(graph, directed=False)[1][labels]
 
 
 @dataclass
@@ -370,14 +456,22 @@ class Split:
         Args:
             path (`str` or `os.PathLike`):
                 Ends in `.json` or `.json.gz`.
+
+        Raises:
+            DataError: Another ending, or the file cannot be written.
         """
         path = _split_path(path)
         content: dict[str, Any] = {name: getattr(self, name) for name in _FIELDS}
         content |= {name: dict(sorted(content[name].items())) for name in ("rows", "copies", "places")}
         head = {"format": FORMAT, "version": VERSION, "checksum": _hash(content)}
         data = (json.dumps(head | content, indent=0, sort_keys=True) + "\n").encode()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+        except OSError as error:
+            raise DataError(
+                f"The split cannot be written to {str(path)!r}: {type(error).__name__}: {error}. A folder that may be written into is needed."
+            ) from error
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Split":
@@ -390,7 +484,7 @@ class Split:
         try:
             data = path.read_bytes()
             content = json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)
-        except (OSError, EOFError, ValueError) as error:
+        except (OSError, EOFError, ValueError, zlib.error) as error:
             raise DataError(
                 f"The split file {str(path)!r} cannot be read: {type(error).__name__}: {error}. Make it with trl-sharelora data split, or copy "
                 "it again."
@@ -434,6 +528,21 @@ def _in_order(names: Iterable[str]) -> list[str]:
 
 
 def _digests(dataset: Dataset, user_column: str) -> list[str]:
+    columns = dataset.column_names
+    missing = [name for name in (user_column, "chosen", "rejected") if name not in columns]
+    if missing:
+        remedies = []
+        if user_column in missing:
+            remedies.append(
+                f"The split says that {user_column!r} names the user: say which column does here (--user_column; in Python "
+                "dataclasses.replace(split, user_column=...)), or rename it."
+            )
+        if missing != [user_column]:
+            remedies.append("A split is of texts: apply it before tokenisation.")
+        raise DataError(
+            f"The split cannot be applied: there is no column {', '.join(map(repr, missing))}; the columns are "
+            f"{', '.join(map(repr, columns)) or 'none'}. {' '.join(remedies)}"
+        )
     return [row_digest(row, user_column) for row in _texts_of(dataset, user_column)]
 
 
@@ -503,16 +612,44 @@ def _check_too_few(too_few: str) -> None:
         raise ConfigError(f"too_few={too_few!r} came; one of {', '.join(map(repr, TOO_FEW))} is needed.")
 
 
-def _apportion(n: int, fractions: Mapping[str, float], fewest: Mapping[str, int]) -> dict[str, int]:
-    """Share `n` answers out: first what is asked of each split, in their order, then the rest by what is furthest behind."""
-    numbers = dict.fromkeys(fractions, 0)
-    for name in fractions:
-        numbers[name] = min(fewest.get(name, 0), n - sum(numbers.values()))
-    while sum(numbers.values()) < n:
-        # the largest gap to its share; among equals the first
-        name = max(fractions, key=lambda name: fractions[name] * n - numbers[name])
-        numbers[name] += 1
-    return numbers
+def _share_out(
+    answers: Mapping[str, list[list[int]]],
+    fractions: Mapping[str, float],
+    fewest: Mapping[str, int],
+    rows: _Rows,
+    names: list[str],
+) -> None:
+    """Give each user's answers to the splits, by writing into `names`.
+
+    First what is asked of each split, in their order, then whole parts of the user's shares, then what is left by what the splits
+    lack over all users so far: a user with 5 answers cannot give half a one to two splits of 10 %, a hundred of them can give 50 to each.
+    """
+    lacking = dict.fromkeys(fractions, 0.0)
+    # by their ids and the seed, not by the file
+    for user in sorted(answers, key=lambda user: rows.place("user", user)):
+        own = answers[user]
+        shares = {name: share * len(own) for name, share in fractions.items()}
+        numbers = dict.fromkeys(fractions, 0)
+        for name in fractions:
+            numbers[name] = min(fewest.get(name, 0), len(own) - sum(numbers.values()))
+            lacking[name] += shares[name] - numbers[name]
+        for _ in range(len(own) - sum(numbers.values())):
+            # rounded: 10 % of 30 are 3.0000000000000004
+            gaps = {name: round(shares[name] - numbers[name], 9) for name in fractions}
+            behind = [name for name in fractions if gaps[name] >= 1]
+            if behind:
+                name = max(behind, key=gaps.__getitem__)
+            else:
+                part = [name for name in fractions if gaps[name] > 0] or list(fractions)
+                name = max(part, key=lambda name: round(lacking[name], 9))  # among equals the first
+            numbers[name] += 1
+            lacking[name] -= 1
+        start = 0
+        for name, number in numbers.items():
+            for answer in own[start : start + number]:
+                for row in answer:
+                    names[row] = name
+            start += number
 
 
 def _users_named(users: Sequence[str]) -> str:
@@ -563,7 +700,7 @@ def split_by_comparison(
     """Each user's answers shared out: the users and the items of the test are known from training.
 
     All rows of a user on the same two replies (repeated or contradictory) are one answer and stay together. A user's
-    answers are shared out exactly by `fractions`, rounded so that the split furthest behind gets the next one.
+    answers are shared out by `fractions` to within one answer, and rounded so that the shares of all users together are exact too.
 
     Args:
         dataset ([`~datasets.Dataset`]):
@@ -589,16 +726,10 @@ def split_by_comparison(
     _check_too_few(too_few)
     rows = _Rows(dataset, user_column, seed)
     names = [""] * len(rows.rows)
-    for answers in rows.answers().values():
-        start = 0
-        for name, number in _apportion(len(answers), fractions, fewest).items():
-            for answer in answers[start : start + number]:
-                for row in answer:
-                    names[row] = name
-            start += number
+    _share_out(rows.answers(), fractions, fewest, rows, names)
     notes: list[str] = []
     _treat_the_few(names, rows.users, fewest, too_few, notes, "")
-    _note_empty(names, fractions, notes)
+    _note_empty(names, fractions, notes, _FEWEST_TAKES_ALL)
     arguments = {"fractions": fractions, "fewest": fewest, "too_few": too_few}
     return rows.split("comparison", names, arguments, user_column, notes, {})
 
@@ -626,9 +757,10 @@ def split_by_item(
         user_column (`str`, *optional*, defaults to `"user_id"`):
             The column that names the user.
         item (`str`, *optional*, defaults to `"auto"`):
-            `"prompt"`: the prompt; `"pair"`: the prompt with its two replies, in either order; `"reply"`: each reply by itself (no
-            reply on two sides; rows whose replies fall on different sides are left out and counted: about half); `"auto"`: `"prompt"`, or
-            `"pair"` where there are no prompts or one of them (with its near-duplicates) has more than half of the rows.
+            `"prompt"`: the prompt (without a column for it, what both answers begin with); `"pair"`: the prompt with its two replies, in
+            either order; `"reply"`: each reply by itself (no reply on two sides; rows whose replies fall on different sides are left out
+            and counted: about half); `"auto"`: `"prompt"`, or `"pair"` where there are no prompts or one of them (with its
+            near-duplicates) has more than half of the rows.
         near (`float`, *optional*, defaults to 0.8):
             Similarity from which texts are near-duplicates, see [`near_duplicates`]; 1 for none but the equal (but for case,
             punctuation and spaces).
@@ -648,14 +780,20 @@ def split_by_item(
         raise ConfigError(f"item={item!r} came; one of {', '.join(map(repr, ITEMS))} is needed.")
     rows = _Rows(dataset, user_column, seed)
     notes: list[str] = []
-    prompts = [prompt_of(row) for row in rows.rows]
     if item in ("auto", "prompt"):
+        prompts = prompts_of(rows.rows)
         groups = near_duplicates(prompts, near)
         largest = max(Counter(groups).values()) / len(groups)
         if item == "auto":
             item = "prompt" if largest <= 0.5 else "pair"
             notes.append(
                 f"an item is a {item}" + (f": one prompt has {largest:.0%} of the rows" if item == "pair" else "")
+            )
+        if "prompt" not in rows.rows[0]:
+            notes.append(
+                "no column 'prompt': what both answers begin with is taken for it"
+                if any(prompts)
+                else "no column 'prompt', and most answers do not begin alike: if they hold prompts, these cannot be told and may be on both sides"
             )
     sides = [[plain_text(row[side]) for row in rows.rows] for side in ("chosen", "rejected")]
     if item == "reply":
@@ -673,7 +811,8 @@ def split_by_item(
     else:
         if item == "pair":
             replies = near_duplicates(sides[0] + sides[1], near)
-            around = near_duplicates(prompts, near)
+            # a prompt that both texts begin with is compared with them
+            around = near_duplicates([prompt_of(row) for row in rows.rows], near)
             half = len(rows.rows)
             keys = [
                 (prompt, *sorted(pair)) for prompt, *pair in zip(around, replies[:half], replies[half:], strict=True)
@@ -681,7 +820,7 @@ def split_by_item(
             numbers: dict[Any, int] = {}
             groups = [numbers.setdefault(key, len(numbers)) for key in keys]
         names = _deal_out(groups, prompts if item == "prompt" else rows.pairs, fractions, rows)
-    _note_empty(names, fractions, notes)
+    _note_empty(names, fractions, notes, "no row has both of its replies there")
     taken = [name for name in names if name != LEFT_OUT]
     for name, share in fractions.items():
         found = taken.count(name) / max(len(taken), 1)
@@ -719,10 +858,31 @@ def _deal_out(groups: list[int], texts: list[str], fractions: Mapping[str, float
     return [names[group] for group in groups]
 
 
-def _note_empty(names: list[str], fractions: Mapping[str, float], notes: list[str]) -> None:
-    empty = [name for name in fractions if name not in names]
-    if empty:
-        notes.append(f"no row in {', '.join(empty)}: too few rows for so small a share")
+def _note_empty(names: list[str], fractions: Mapping[str, float], notes: list[str], otherwise: str) -> None:
+    """Say which splits got no row and why: their shares are less than a row, or `otherwise`."""
+    taken = len(names) - names.count(LEFT_OUT)
+    for reason, small in (("too few rows for so small a share", True), (otherwise, False)):
+        empty = [name for name, share in fractions.items() if name not in names and (share * taken < 1) == small]
+        if empty:
+            notes.append(f"no row in {', '.join(empty)}: {reason}")
+
+
+def _remedy(lengths: Sequence[int], wanted: int, eligible: int, shots: int, n_test: int, too_few: str) -> str:
+    """What would give `wanted` unseen users, of users with `lengths` answers of whom `eligible` have enough."""
+    there = sorted(lengths)[-wanted]  # so many users have so many
+    keep = too_few == "keep"
+    remedies = []
+    if not keep and there > n_test:
+        remedies.append(f"a curve (shots) of at most {there - n_test}")
+    if not keep and there > shots:
+        remedies.append(f"n_test={there - shots} or less")
+    if not keep and there > n_test:
+        remedies.append("users with fewer answers (too_few='keep')")
+    elif there > 1:
+        remedies.append(f"n_test={there - 1} or less" + " with too_few='keep'" * (not keep))
+    if eligible:
+        remedies.append(f"{eligible} unseen users or fewer")
+    return f"Ask for {', or for '.join(remedies)}." if remedies else "Split by comparison or by item."
 
 
 def split_by_user(
@@ -784,21 +944,20 @@ def split_by_user(
     need = most + n_test
     eligible = [user for user in answers if len(answers[user]) >= need]
     if len(eligible) < wanted:
-        what = (
-            f"{len(eligible)} of {len(answers)} users have the {need} answers ({most} to learn from, {n_test} to test) that each of {wanted} "
-            "unseen users needs"
-        )
+        what = "{} of {} users have the {} answers ({} to learn from, {} to test) that each of {} unseen users needs"
+        found = what.format(len(eligible), len(answers), need, most, n_test, wanted)
         if too_few == "keep":
+            notes.append(found)
             need = n_test + 1
             eligible = [user for user in answers if len(answers[user]) >= need]
-            notes.append(what)
+            found = what.format(len(eligible), len(answers), need, 1, n_test, wanted)
         if too_few == "leave_out" and eligible:
             wanted = len(eligible)
-            notes.append(f"{what}; only these are kept back")
-        if len(eligible) < wanted or not eligible or wanted >= len(answers):
+            notes.append(f"{found}; only these are kept back")
+        if len(eligible) < wanted:
+            lengths = [len(own) for own in answers.values()]
             raise DataError(
-                f"The split is not possible as asked: {what}. Ask for a shorter curve (shots), fewer test answers or fewer unseen users, or take "
-                "users with fewer answers (too_few='keep')."
+                f"The split is not possible as asked: {found}. {_remedy(lengths, wanted, len(eligible), most, n_test, too_few)}"
             )
     drawn = set(sorted(eligible, key=lambda user: rows.place("user", user))[:wanted])
     notes.append(f"{wanted} unseen users, drawn among the {len(eligible)} with at least {need} answers")
@@ -814,13 +973,7 @@ def split_by_user(
                     names[row] = SUPPORT if number < n_support else UNSEEN_TEST
                     if number < n_support:
                         places[row] = number
-            continue
-        start = 0
-        for name, number in _apportion(len(own), fractions, fewest).items():
-            for answer in own[start : start + number]:
-                for row in answer:
-                    names[row] = name
-            start += number
+    _share_out({user: own for user, own in answers.items() if user not in drawn}, fractions, fewest, rows, names)
     for n in shots:
         fewer = sum(length < n for length in lengths)
         if fewer:
@@ -828,6 +981,7 @@ def split_by_user(
     seen = [row for row, user in enumerate(rows.users) if user not in drawn]
     own_names = [names[row] for row in seen]
     _treat_the_few(own_names, [rows.users[row] for row in seen], fewest, too_few, notes, "")
+    _note_empty(own_names, fractions, notes, _FEWEST_TAKES_ALL)
     for row, name in zip(seen, own_names, strict=True):
         names[row] = name
     trained = {pair for pair, name in zip(rows.pairs, names, strict=True) if name == "train"}

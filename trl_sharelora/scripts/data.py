@@ -3,14 +3,37 @@
 import argparse
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..data import load_preferences
+from ..data import check_output, load_preferences
 from ..doctor import check_data, write_report
 from ..errors import ConfigError
-from ..importers import ASPECTS, FORMATS, Columns, import_preferences, write_rows
+from ..importers import ASPECTS, FORMATS, ROW_FILES, Columns, import_preferences, write_rows
 from ..splits import FRACTIONS, ITEMS, NEAR, SHOTS, TOO_FEW, Split, split_by_comparison, split_by_item, split_by_user
+
+
+SPLIT_FILES = (".json", ".json.gz")
+
+
+def _written(numbers: Mapping[str, Any]) -> str:
+    return ",".join(f"{name}={number}" for name, number in numbers.items())
+
+
+# How a split is made. The parser leaves them None, to tell what was given: with --apply the split file settles them.
+_MAKING: dict[str, Any] = {
+    "by": "comparison",
+    "fractions": _written(FRACTIONS),
+    "fewest": "train=1",
+    "too_few": "raise",
+    "seed": 0,
+    "item": "auto",
+    "near": NEAR,
+    "unseen": "0.2",
+    "shots": ",".join(map(str, SHOTS)),
+    "n_test": 20,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,33 +82,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     split.add_argument(
         "output", metavar="OUT", help=".json, .json.gz: the split; .jsonl, .jsonl.gz, .parquet: the rows"
     )
-    split.add_argument("--by", choices=("comparison", "item", "user"), default="comparison")
     split.add_argument("--apply", metavar="SPLIT", help="apply this split file instead of making a new split")
-    split.add_argument("--fractions", default=_written(FRACTIONS), metavar="NAME=X,...", help="default %(default)s")
     split.add_argument(
-        "--fewest", default="train=1", metavar="NAME=N,...", help="rows that each user must have (default %(default)s)"
-    )
-    split.add_argument("--too_few", choices=TOO_FEW, default="raise", help="what to do with users who have fewer")
-    split.add_argument("--seed", type=int, default=0, metavar="N")
-    split.add_argument("--user_column", default="user_id", metavar="NAME", help="the column that names the user")
-    split.add_argument("--item", choices=ITEMS, default="auto", help="by item: what an item is")
-    split.add_argument("--near", type=float, default=NEAR, metavar="X", help="by item: similarity of near-duplicates")
-    split.add_argument(
-        "--unseen", default="0.2", metavar="X", help="by user: share or number to keep back (default 0.2)"
-    )
-    split.add_argument(
-        "--shots",
-        default=",".join(map(str, SHOTS)),
-        metavar="N,...",
-        help="by user: answers of the curve (default %(default)s)",
-    )
-    split.add_argument(
-        "--n_test", type=int, default=20, metavar="N", help="by user: test answers of each (default 20)"
+        "--user_column", metavar="NAME", help="the column that names the user (default user_id, or what SPLIT says)"
     )
 
+    def making(name: str, help: str, **more: Any) -> None:
+        split.add_argument(f"--{name}", help=f"{help} (default {_MAKING[name]})", **more)
 
-def _written(numbers: Mapping[str, Any]) -> str:
-    return ",".join(f"{name}={number}" for name, number in numbers.items())
+    making("by", "what is split", choices=("comparison", "item", "user"))
+    making("fractions", "splits and their shares", metavar="NAME=X,...")
+    making("fewest", "rows that each user must have", metavar="NAME=N,...")
+    making("too_few", "what to do with users who have fewer", choices=TOO_FEW)
+    making("seed", "another seed, another split", type=int, metavar="N")
+    making("item", "by item: what an item is", choices=ITEMS)
+    making("near", "by item: similarity of near-duplicates", type=float, metavar="X")
+    making("unseen", "by user: share or number to keep back", metavar="X")
+    making("shots", "by user: answers of the curve", metavar="N,...")
+    making("n_test", "by user: test answers of each", type=int, metavar="N")
 
 
 def _named_numbers(text: str, kind: type, option: str) -> dict[str, Any]:
@@ -118,6 +132,8 @@ def data(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
+    if args.json:
+        check_output(args.json, ("",))
     report = check_data(
         args.file,
         user_column=args.user_column,
@@ -143,6 +159,7 @@ def _import(args: argparse.Namespace) -> int:
         aspect=args.aspect,
     )
     source = None if args.source == "hub" and not Path("hub").exists() else args.source
+    check_output(args.output, ROW_FILES)
     imported = import_preferences(source, args.format, columns, args.split)
     imported.save(args.output)
     print(f"{imported}\nwritten to {args.output}")
@@ -150,27 +167,39 @@ def _import(args: argparse.Namespace) -> int:
 
 
 def _split(args: argparse.Namespace) -> int:
-    dataset = load_preferences(args.file)
-    shared = {
-        "fractions": _named_numbers(args.fractions, float, "--fractions"),
-        "seed": args.seed,
-        "user_column": args.user_column,
-        "fewest": _named_numbers(args.fewest, int, "--fewest"),
-        "too_few": args.too_few,
+    given = [f"--{name}" for name in _MAKING if getattr(args, name) is not None]
+    if args.apply and given:
+        raise ConfigError(
+            f"{', '.join(given)} came with --apply, which has no use for it: the split file says which row goes where. Leave it out, or leave "
+            "out --apply to make a new split."
+        )
+    check_output(args.output, (*SPLIT_FILES, *ROW_FILES))
+    making = {
+        name: default if getattr(args, name) is None else getattr(args, name) for name, default in _MAKING.items()
     }
+    shared: dict[str, Any] = {
+        "fractions": _named_numbers(making["fractions"], float, "--fractions"),
+        "seed": making["seed"],
+        "user_column": args.user_column or "user_id",
+        "fewest": _named_numbers(making["fewest"], int, "--fewest"),
+        "too_few": making["too_few"],
+    }
+    dataset = load_preferences(args.file)
     if args.apply:
         split = Split.load(args.apply)
-    elif args.by == "comparison":
+        split = replace(split, user_column=args.user_column or split.user_column)
+    elif making["by"] == "comparison":
         split = split_by_comparison(dataset, **shared)
-    elif args.by == "item":
-        split = split_by_item(dataset, **shared, item=args.item, near=args.near)
+    elif making["by"] == "item":
+        split = split_by_item(dataset, **shared, item=making["item"], near=making["near"])
     else:
+        unseen = making["unseen"]
         try:
-            unseen = float(args.unseen) if "." in args.unseen else int(args.unseen)
+            unseen = float(unseen) if "." in unseen else int(unseen)
         except ValueError:
-            raise ConfigError(f"--unseen {args.unseen!r} came; a share such as 0.2 or a number is needed.") from None
-        shots = _numbers(args.shots, "--shots")
-        split = split_by_user(dataset, **shared, unseen=unseen, shots=shots, n_test=args.n_test)
+            raise ConfigError(f"--unseen {unseen!r} came; a share such as 0.2 or a number is needed.") from None
+        shots = _numbers(making["shots"], "--shots")
+        split = split_by_user(dataset, **shared, unseen=unseen, shots=shots, n_test=making["n_test"])
     if "split" in dataset.column_names:
         before = ", ".join(f"{name!r} {n}" for name, n in sorted(Counter(map(str, dataset["split"][:])).items()))
         print(
