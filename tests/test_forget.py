@@ -34,6 +34,7 @@ from trl_sharelora import (
 )
 from trl_sharelora.confidence import fit_confidence
 from trl_sharelora.data import tokenize_preference
+from trl_sharelora.demo.results import user_table
 from trl_sharelora.errors import (
     AdapterMismatchError,
     BankBusyError,
@@ -45,7 +46,7 @@ from trl_sharelora.errors import (
     UserIdError,
 )
 from trl_sharelora.forget import forget_user, measure_influence
-from trl_sharelora.new_users import add_users
+from trl_sharelora.new_users import add_users, fit_users
 from trl_sharelora.sharelora import ShareLoraAdamW, get_router
 from trl_sharelora.sharelora.store import UserStore, read_manifest
 from trl_sharelora.users import Pseudonym
@@ -56,7 +57,7 @@ USERS = ["ann-a9f3", "bob-77c1", "cat-e0d2"]  # not to be found in any file by a
 BOB = 1
 
 
-def train(directory, kind, share="B", users=None, adapter=None, **overrides):
+def train(directory, kind, share="B", users=None, adapter=None, optimizer=None, **overrides):
     rows = preference_rows(users=USERS, n=12)
     settings = dict(max_steps=12, save_steps=6, per_device_train_batch_size=2, learning_rate=1e-2, logging_steps=1)
     trainer = ShareLoraRewardTrainer(
@@ -77,6 +78,8 @@ def train(directory, kind, share="B", users=None, adapter=None, **overrides):
             **(adapter or {}),
         ),
     )
+    if optimizer is not None:
+        trainer.optimizer = optimizer([p for p in trainer.model.parameters() if p.requires_grad])
     trainer.train()
     trainer.evaluate()
     trainer.save_model()
@@ -236,6 +239,19 @@ def test_unknown_users_and_torn_adapters_change_nothing(tmp_path):
     assert UserRegistry.load(tmp_path).ids == ["ann", "bob"] and len(torn) == len(contents()) + 1
 
 
+@pytest.mark.parametrize("cut", [1, 400, 4000, -1])
+def test_tensors_that_are_cut_off_are_found_before_anything_is_erased(cut, tmp_path):
+    """The header of a torn file is whole: what it names is not there."""
+    share_model().save_pretrained(tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    os.truncate(weights, weights.stat().st_size - cut)  # -1: a byte too many
+    pd.DataFrame({"user_id": ["bob"]}).to_parquet(tmp_path / "users.parquet")
+    before = {path: path.read_bytes() for path in files(tmp_path)}
+    with pytest.raises(AdapterMismatchError, match="has [0-9]+ bytes, .* of [0-9]+: torn.*Nothing has been erased"):
+        forget_user(tmp_path, "bob")
+    assert {path: path.read_bytes() for path in files(tmp_path)} == before
+
+
 @pytest.mark.parametrize("kind", ["resident", "mmap"])
 def test_cut_off_and_called_again(kind, tmp_path, monkeypatch):
     """The ids go last: whoever is still in a list can be forgotten again."""
@@ -369,6 +385,114 @@ def test_tables_of_all_kinds_lose_his_lines_and_nothing_else(tmp_path):
         forget_user(tmp_path, "cat")
 
 
+SHORT_AND_LONG = ["ann", "robert", "12", 'a,"b"\nc', "josé", "user_id", "user1", "user10"]
+
+
+def tables_as_text(kind):
+    """What `fit-users --report_dir` or the demo writes of these users."""
+    if kind == "fitted":
+        model = influence_model(users=["somebody", "else"])
+        rows = Dataset.from_list(preference_rows(users=SHORT_AND_LONG, n=12 * len(SHORT_AND_LONG)))  # n is 12
+        return fit_users(model, rows, tiny_tokenizer()).table
+    table = pd.DataFrame({"user_id": SHORT_AND_LONG, "n": 12, "accuracy": 0.5, "low": 0.1, "high": 1.0})
+    return user_table(dict.fromkeys(SHORT_AND_LONG, 12), table, table, None)
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+@pytest.mark.parametrize("kind", ["fitted", "demo"])
+def test_csv_tables_of_this_package_lose_his_lines_and_nothing_else(kind, ending, tmp_path):
+    share_model(users=SHORT_AND_LONG).save_pretrained(tmp_path)
+    table = tables_as_text(kind)
+    path = tmp_path / "report" / "table.csv"
+    path.parent.mkdir()
+    table.to_csv(path, index=False, lineterminator=ending)
+    os.chmod(path, 0o640)
+    for user_id in SHORT_AND_LONG:
+        report = forget_user(tmp_path, user_id)
+        assert (report.adapters, report.tables, report.left, report.unread) == ([tmp_path], [path], [], [])
+        table = table[table["user_id"] != user_id]
+        assert path.read_bytes().decode() == table.to_csv(index=False, lineterminator=ending)
+    assert os.stat(path).st_mode & 0o777 == 0o640 and len(table) == 0
+    # nobody knows them any more; who is in a table only is forgotten too
+    pd.DataFrame({"user_id": ["ann", "zoe"], "n": [1, 2]}).to_csv(path, index=False)
+    assert forget_user(tmp_path, "zoe").tables == [path]
+    with pytest.raises(UnknownUserError):
+        forget_user(tmp_path, "zoe")
+    # what somebody wrote into it beside is searched as elsewhere
+    share_model(users=["ann", "robert"]).save_pretrained(tmp_path)
+    path.write_text("user_id,n,said by\nann,1,robert\n")
+    assert forget_user(tmp_path, "robert").left == [path]
+
+
+def test_a_short_id_is_found_as_a_whole_cell_of_a_foreign_table(tmp_path):
+    share_model(users=["ann", "7", "eve", "bob", 'q"b']).save_pretrained(tmp_path)
+    foreign = {
+        "log.csv": "user_id,prompt,chosen,rejected\nann,a,b,c\neve,a,b,c\n",  # a log is nobody's but theirs who made it
+        "labels.TSV": "labeller\ttext\n7\tjoanna\nann\tannual",
+        "alone.csv": "ann",
+        "semicolons.csv": "x;ann;7\n",
+        "quoted.txt": '1,"q""b",2\n',
+        "data.jsonl": '{"user_id": 7, "step": 1}\n',
+        "numbers.json": '{"step": 7, "user_id": 77, "n": [7]}',
+        "nobody.csv": "id,text\njoanna,annual\n77,anna ann\n",
+        "torn.csv": "user_id,n\nann,1\n\udcff",
+    }
+    for name, text in foreign.items():
+        (tmp_path / name).write_text(text, encoding="utf-8", errors="surrogateescape")
+    (tmp_path / "log.csv.gz").write_bytes(gzip.compress(b"a,b\n" * (1 << 19) + b"1,ann"))
+    with zipfile.ZipFile(tmp_path / "all.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x/log.csv", "ann,1\n")
+        archive.writestr("notes.txt", "7\n")
+    before = {name: (tmp_path / name).read_bytes() for name in foreign}
+    found = {
+        user_id: {path.name for path in forget_user(tmp_path, user_id).left} for user_id in ("ann", "7", "bob", 'q"b')
+    }
+    of_ann = {"log.csv", "labels.TSV", "alone.csv", "semicolons.csv", "torn.csv", "log.csv.gz", "all.zip"}
+    assert found == {
+        "ann": of_ann,
+        "7": {"labels.TSV", "semicolons.csv", "data.jsonl"},
+        "bob": set(),
+        'q"b': {"quoted.txt"},
+    }
+    assert {name: (tmp_path / name).read_bytes() for name in foreign} == before
+
+
+def test_what_is_called_by_his_name_is_left_and_said(tmp_path):
+    """As `export_user` to a folder of his: tensors are not searched, and are his."""
+    users = ["ann", "12", "bob-77c1", "eve"]
+    share_model(users=users).save_pretrained(tmp_path)
+    mine = {user_id: set() for user_id in users}
+    for user_id, folder in (
+        ("ann", "exports/ann"),
+        ("12", "exports/12"),
+        ("bob-77c1", "rm-bob-77c1"),
+        ("12", "user-12"),
+    ):
+        mine[user_id] |= {
+            path.relative_to(tmp_path) for path in files(export_user(tmp_path, user_id, tmp_path / folder))
+        }
+    assert {path.name for path in mine["bob-77c1"]} >= {"adapter_model.safetensors", "adapter_config.json"}
+    for user_id, name in (
+        ("ann", "rm-ann.pt"),
+        ("ann", "ann_2.safetensors"),
+        ("12", "12.npy"),
+        ("bob-77c1", "x.bob-77c1"),
+    ):
+        (tmp_path / name).write_bytes(b"x")
+        mine[user_id].add((tmp_path / name).relative_to(tmp_path))
+    (tmp_path / "runs" / "ann").mkdir(parents=True)  # empty
+    (tmp_path / "to-ann").symlink_to(tmp_path / "nowhere")
+    mine["ann"] |= {(tmp_path / name).relative_to(tmp_path) for name in ("runs/ann", "to-ann")}
+    for name in ("joanna.pt", "checkpoint-12/anna.pt", "users/eval-step-12.npy", "112.pt", "bob-77c12.pt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    for user_id in users:
+        report = forget_user(tmp_path, user_id)
+        assert {path.relative_to(tmp_path) for path in report.left} == mine[user_id], user_id
+        assert len(report.left) == len(mine[user_id])
+        assert ("rm-ann.pt" in str(report) or "ann_2" in str(report)) == (user_id == "ann")
+
+
 def test_a_table_that_cannot_be_read_stops_it_before_anything_is_written(tmp_path):
     share_model().save_pretrained(tmp_path)
     (tmp_path / "users.parquet").write_bytes(b"PAR1 torn")
@@ -385,7 +509,7 @@ def test_what_it_does_not_know_and_names_him_is_said(tmp_path):
     (tmp_path / "empty.txt").write_text("")
     report = forget_user(tmp_path, "bob-77c1")
     assert report.left == [tmp_path / "notes.txt"]
-    assert "His id still stands in 1 file(s) that are not this package's to change: notes.txt." in str(report)
+    assert "His id still stands in 1 file(s), or in their paths, that are not changed here: notes.txt." in str(report)
     assert forget_user(tmp_path, "eve").left == [tmp_path / "short.json"]
     assert forget_user(tmp_path, "ann").left == []
 
@@ -485,8 +609,8 @@ def test_packed_files_that_cannot_be_looked_into_are_named(tmp_path):
     assert [path.name for path in report.unread] == ["in.zip", "old.7z", "secret.zip", "torn.gz", "twice.gz"]
     assert report.left == []
     assert (
-        "Not looked into: 5 packed file(s) that cannot be opened here, in which he may be: in.zip, old.7z, secret.zip, "
-        "torn.gz, twice.gz." in str(report)
+        "Not looked into: 5 file(s) that are not understood here (packed, or of another optimizer), in which he may be: in.zip, "
+        "old.7z, secret.zip, torn.gz, twice.gz." in str(report)
     )
 
 
@@ -891,3 +1015,57 @@ def test_a_torn_optimizer_is_found_before_anything_is_erased(tmp_path):
     with pytest.raises(AdapterMismatchError, match="optimizer.pt cannot be read .*Nothing has been erased"):
         forget_user(tmp_path, "bob-77c1")
     assert {file: file.read_bytes() for file in files(tmp_path)} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "known"), [("AdamW", True), ("SGD", True), ("SGD without momentum", True), ("Adafactor", False)]
+)
+def test_moments_of_an_optimizer_of_ones_own_are_erased_or_said_to_be_left(name, known, tmp_path):
+    makers = {"AdamW": torch.optim.AdamW, "Adafactor": torch.optim.Adafactor, "SGD": torch.optim.SGD}
+    settings = {"momentum": 0.9} if name == "SGD" else {}
+    train(tmp_path, "resident", optimizer=lambda parameters: makers[name.split()[0]](parameters, lr=1e-2, **settings))
+    paths = sorted(tmp_path.glob("checkpoint-*/optimizer.pt"))
+    states = [torch.load(path, weights_only=True)["state"] for path in paths]
+    banks = {tuple(tensor.shape) for tensor in personal(tmp_path, "B").values()}
+    report = forget_user(tmp_path, "bob-77c1")
+    assert report.unread == ([] if known else paths) and len(paths) == 2
+    assert ("optimizer.pt" in str(report)) == (not known)
+    erased = 0
+    for path, state in zip(paths, states, strict=True):
+        after = torch.load(path, weights_only=True)["state"]
+        for number, moments in state.items():
+            for key, old in moments.items():
+                if old is not None and tuple(old.shape) in banks:
+                    assert old[BOB].any() and not after[number][key][BOB].any()
+                    assert torch.equal(after[number][key][[0, 2]], old[[0, 2]])
+                    erased += 1
+                else:
+                    assert old is None or torch.equal(after[number][key], old)
+    modules = 2 * 2  # q_proj and down_proj of two layers
+    assert erased == 2 * modules * {"AdamW": 2, "SGD": 1}.get(name, 0)
+
+
+def test_a_bank_in_a_store_has_no_moments_in_the_optimizer(tmp_path):
+    train(tmp_path, "ram")
+    assert forget_user(tmp_path, "bob-77c1").unread == []
+
+
+# -- ids that are for no message
+
+
+def test_influence_shows_no_id_of_a_pseudonymous_model(monkeypatch):
+    monkeypatch.delenv("SHARELORA_USER_KEY", raising=False)
+    monkeypatch.delenv("SHARELORA_USER_KEY_FILE", raising=False)
+    model = influence_model(users=UserRegistry(["ann", "bob"], key=KEY))
+    rows = preference_rows(users=["ann", "bob"], n=4)
+    for bad in ("ann.secret@example.com" * 20, 4915112345678.5):
+        with pytest.raises(UserIdError, match="row [03] of column 'user_id'") as raised:
+            influence(
+                model,
+                [*rows[:3], rows[3] | {"user_id": bad}]
+                if isinstance(bad, str)
+                else [row | {"user_id": bad} for row in rows],
+                "ann",
+            )
+        assert "secret" not in str(raised.value) and "4915112345678" not in str(raised.value)
+    assert influence(model, rows, "ann").comparisons == 2

@@ -619,6 +619,48 @@ def test_nobody_takes_anothers_place_by_his_pseudonym():
     assert plain in users and users[1] != plain
 
 
+@pytest.mark.parametrize(
+    "text", ["ann@example.com", "", "u-", "u-" + "A" * 32, "u-" + "0" * 33, "u-" + "0" * 32 + "\n"]
+)
+def test_a_pseudonym_that_is_none_is_refused_and_not_shown(text, tmp_path):
+    """Taken, it would stand in the file as it is, and the file could not be read again."""
+    users = UserRegistry(["ann"], key=KEY)
+    for call in (
+        lambda: users.add(["bob", Pseudonym(text)]),
+        lambda: UserRegistry([Pseudonym(text)], key=KEY),
+        lambda: users.find([Pseudonym(text)]),
+        lambda: users.forget(Pseudonym(text)),
+        lambda: Pseudonym(text) in users,
+        lambda: UserRegistry.load(users.save(tmp_path)).names([Pseudonym(text)]),
+    ):
+        with pytest.raises(UserIdError, match="Pseudonym .*u- and 32 hex digits.*as plain text") as raised:
+            call()
+        assert "ann@" not in str(raised.value) and "00" not in str(raised.value)
+    assert len(users) == 1 and UserRegistry.load(users.save(tmp_path), key=KEY) == users
+    assert users.add([Pseudonym("u-" + "0" * 32)]) == [1]  # of an id that only another has
+
+
+def test_ids_are_checked_in_the_words_of_the_registry(tmp_path):
+    """Before rows are used; nobody is added."""
+    plain, keyed = UserRegistry(["ann"]), UserRegistry(["ann"], key=KEY)
+    locked = UserRegistry.load(keyed.save(tmp_path))
+    for bad in (["bob", 71935.5], ["bob", "71935" * 60], ["bob", "71935\ud800"], [71935, "71935"]):
+        rows = [{"who": user_id} for user_id in bad]
+        with pytest.raises(UserIdError, match="71935"):
+            plain.check_ids(rows, "who")
+        for users in (keyed, locked):
+            with pytest.raises(UserIdError, match="row 1 of column 'who'") as raised:
+                users.check_ids(rows, "who")
+            assert "71935" not in str(raised.value) and len(users) == 1
+    with pytest.raises(UserIdError, match=keyed.names([71935])[0]):
+        keyed.check_ids(rows, "who")
+    for users in (plain, keyed, locked):
+        users.check_ids([{"who": "ann"}, {"who": "bob"}], "who")
+        assert len(users) == 1
+        with pytest.raises(DataError, match="There is no column 'user_id'"):
+            users.check_ids(Dataset.from_list([{"who": "ann"}]))
+
+
 def test_ids_that_differ_by_normalisation_only_are_one_user_of_a_pseudonymous_list():
     assert UserRegistry([JOSE_ONE], key=KEY).index([JOSE_TWO]) == [0]
 

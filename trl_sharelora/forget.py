@@ -5,12 +5,15 @@ calling once more. The shared factors have learned from him too, as from everybo
 How much they lean on him can be measured before, with [`measure_influence`].
 """
 
+import csv
 import gzip
+import io
 import json
 import lzma
 import math
 import mmap
 import os
+import re
 import tempfile
 import zipfile
 import zlib
@@ -52,9 +55,11 @@ from .users import USERS_FILE, UserRegistry
 OPTIMIZER_FILE = "optimizer.pt"
 # of every table per user that this package writes
 ID_COLUMN = "user_id"
+# How its CSV tables begin: those of `fit-users` and of the demo. Another's with such a column may be a log, which is not ours to change.
+_CSV_TABLES = [[ID_COLUMN, "n"], [ID_COLUMN, "comparisons"]]
 # What holds numbers only; the rest of a directory is searched for the id.
 _TENSORS = {".safetensors", ".pt", ".pth", ".bin"}
-# A shorter id would be found by chance wherever there are many bytes.
+# A shorter id would be found by chance wherever there are many bytes: it is searched in quotes and as a whole cell.
 _SEARCHED_BYTES = 5
 # How packed files begin, whatever they are called, and who unpacks them; None for what nobody here can.
 _PACKED: dict[bytes, str | None] = {
@@ -70,6 +75,7 @@ _PACKED: dict[bytes, str | None] = {
     b"Rar!": None,
 }
 _PORTION = 1 << 20  # bytes
+_OVERLAP = 64  # of portions, at least: a short id with what stands around it
 
 
 @dataclass
@@ -125,10 +131,12 @@ class ForgetReport:
         tables (`list[Path]`):
             Tables that were written again without his lines.
         left (`list[Path]`):
-            Files of the directory that this function does not know and in which his id still stands. Looked into are also packed ones:
+            Files of the directory that this function does not change and in which his id still stands, or that are called by it, or lie
+            in a folder that is: an adapter of his that was exported to `exports/ann` or `rm-ann`. Looked into are also packed ones:
             gzip, bz2, xz, zstd, lz4, zip and npz, Parquet and Arrow.
         unread (`list[Path]`):
-            Files that could not be looked into: packed in another way, with a password, twice, or torn. He may be in them.
+            Files that could not be looked into: packed in another way, with a password, twice, or torn; and states of an optimizer
+            in which no moments of his row are found where there should be some. He may be in them.
         influence ([`Influence`], *optional*):
             What was measured before.
     """
@@ -148,12 +156,12 @@ class ForgetReport:
         )
         if self.left:
             lines.append(
-                f"His id still stands in {len(self.left)} file(s) that are not this package's to change: {self._some(self.left)}."
+                f"His id still stands in {len(self.left)} file(s), or in their paths, that are not changed here: {self._some(self.left)}."
             )
         if self.unread:
             lines.append(
-                f"Not looked into: {len(self.unread)} packed file(s) that cannot be opened here, in which he may be: "
-                f"{self._some(self.unread)}."
+                f"Not looked into: {len(self.unread)} file(s) that are not understood here (packed, or of another optimizer), in which he "
+                f"may be: {self._some(self.unread)}."
             )
         lines.append(
             "What the shared factors, the head and sums over all users learned from him stays in them; training again without his "
@@ -176,11 +184,13 @@ def forget_user(
     """Forget one user of a saved adapter and of everything beside and below it; changes no other user's row.
 
     Erased are his row and its moments, also of a personal head and of all adapters and checkpoints in the directory; his comparisons
-    in confidence sets; his lines in tables (`*.parquet` with a column `user_id`: those of evaluations); and last his id, whose place
-    in `users.json` stays as a tombstone, so that nobody gets his row.
+    in confidence sets; his lines in tables (`*.parquet` with a column `user_id`: those of evaluations; of `*.csv` only this package's
+    own, of `fit-users` and the demo); and last his id, whose place in `users.json` stays as a tombstone, so that nobody gets his row.
+    Moments are those of the trainers' optimizer, or tensors of a bank's shape in the state of another.
 
     Not erased, because it is not his alone: what the shared factors and the score head have learned, and sums over all users (the
-    pooled part of ellipsoids, ensembles of heads, accuracies in `summary.json` and `trainer_state.json`).
+    pooled part of ellipsoids, ensembles of heads, accuracies in `summary.json` and `trainer_state.json`). Not erased, and named only
+    if its path names him: an adapter of his from [`~trl_sharelora.export_user`].
 
     Args:
         model_dir (`str` or `os.PathLike`):
@@ -202,8 +212,8 @@ def forget_user(
 
     Raises:
         UnknownUserError: nobody there has this id; nothing is written.
-        AdapterMismatchError: the adapter's tensors are missing, there are not as many rows as users, or a checkpoint's moments or the
-            confidence sets are torn; nothing is written.
+        AdapterMismatchError: the adapter's tensors are missing or torn, there are not as many rows as users, or a checkpoint's moments
+            or the confidence sets are torn; nothing is written.
         DataError: a table cannot be read, or the comparisons that came have none of his; nothing is written.
         ConfigError: the adapter is pseudonymous and the key is missing or another; nothing is written.
         BankError: the bank is torn.
@@ -225,11 +235,11 @@ def forget_user(
     rows = {folder: registry.find([user_id])[0] for folder, registry in registries.items()}
     known = [folder for folder, row in rows.items() if row >= 0]
     names = {str(user_id), *(registry.names([user_id])[0] for registry in registries.values())}
-    tables = [path for path in sorted(model_dir.rglob("*.parquet")) if _is_in_table(path, names)]
+    tables = [path for path in _files(model_dir) if _is_in_table(path, names)]
     if not known and not tables:
         raise UnknownUserError(next(iter(registries.values())).unknown_message([user_id]))
     configs = {folder: ShareLoraConfig.from_pretrained(str(folder)) for folder in known}
-    tensors = {
+    banks = {
         folder: _bank_tensors(folder, configs[folder])
         for folder in known
         if configs[folder].bank not in ("ram", "mmap")
@@ -248,13 +258,15 @@ def forget_user(
     for path in tables:
         _erase_lines(path, names)
     for folder in known:
-        if folder in tensors:
-            _erase_resident(folder / WEIGHTS_FILE, tensors[folder], rows[folder])
+        if folder in banks:
+            _erase_resident(folder / WEIGHTS_FILE, banks[folder], rows[folder])
         else:
             erase_row(folder / BANK_FOLDER, rows[folder])
             # what a save that was cut off has left there
             remove_unnamed(folder / BANK_FOLDER, read_manifest(folder / BANK_FOLDER)["segments"])
-        _erase_moments(folder / OPTIMIZER_FILE, rows[folder])
+        # rows in a store have their moments there
+        if not _erase_moments(folder / OPTIMIZER_FILE, rows[folder], [shape for *_, shape in banks.get(folder, ())]):
+            report.unread.append(folder / OPTIMIZER_FILE)
         for path in (folder / CONFIDENCE_FOLDER).glob("*.tmp"):
             path.unlink()  # sets of a save that was cut off
         forget_in_confidence(folder, rows[folder])
@@ -262,13 +274,24 @@ def forget_user(
         registries[folder].registry_id  # noqa: B018  made from the ids, if an older file has none: before one is gone
         registries[folder].forget(user_id)
         registries[folder].save(folder)
-    for path in _searched(model_dir):
+    report.left += _called(model_dir, names)
+    # who is in a list of users is known exactly: "user1" is not to be found in it for the sake of "user10"
+    settled = {*report.left, *(folder / USERS_FILE for folder in folders)}
+    for path in _files(model_dir):
+        if path in settled or path.suffix in _TENSORS:
+            continue
         found = _holds(path, names)
         if found:
             report.left.append(path)
         elif found is None:
             report.unread.append(path)
     return report
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    for path in sorted(directory.rglob("*")):
+        if path.is_file() and not path.is_symlink():
+            yield path
 
 
 def _key_for(folder: Path, key: Any) -> Any:
@@ -280,7 +303,11 @@ def _key_for(folder: Path, key: Any) -> Any:
 
 
 def _is_in_table(path: Path, names: set[str]) -> bool:
-    """Whether a parquet file has lines of a user."""
+    """Whether a file is a table with lines of a user."""
+    if path.suffix == ".csv":
+        return any(line[:1] and line[0] in names for line in (_csv_table(path) or [])[1:])
+    if path.suffix != ".parquet":
+        return False
     try:
         schema = pq.read_schema(path)
         # lists or records of ids are nobody's lines, so the file is none of this package's tables: it is searched as all others are
@@ -298,7 +325,28 @@ def _his(table: pa.Table, names: set[str]) -> pa.ChunkedArray:
     return pc.is_in(table[ID_COLUMN].cast(pa.string()), value_set=pa.array(map(str, names), pa.string()))
 
 
+def _csv_table(path: Path) -> list[list[str]] | None:
+    """The lines of a CSV table of this package, the first of which names the columns; None if it is somebody else's."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            reader = csv.reader(file)
+            first = next(reader, [])
+            return [first, *reader] if first[:2] in _CSV_TABLES else None
+    except (UnicodeDecodeError, csv.Error):
+        return None
+
+
 def _erase_lines(path: Path, names: set[str]) -> None:
+    if path.suffix == ".csv":
+        first, *lines = _csv_table(path) or [[]]
+        with open(path, "rb") as before:
+            ending = "\r\n" if before.readline().endswith(b"\r\n") else "\n"
+        kept = [first, *(line for line in lines if not line[:1] or line[0] not in names)]
+        text = io.StringIO(newline="")
+        csv.writer(text, lineterminator=ending).writerows(kept)
+        with _replacing(path) as file:
+            file.write(text.getvalue().encode())
+        return
     table = pq.read_table(path)
     table = table.filter(pc.invert(_his(table, names)))
     for place, column in enumerate(table.schema):
@@ -312,10 +360,25 @@ def _erase_lines(path: Path, names: set[str]) -> None:
 # -- what this function does not know
 
 
-def _searched(directory: Path) -> Iterator[Path]:
+def _called(directory: Path, names: set[str]) -> Iterator[Path]:
+    """Files, links and empty folders of a directory that are called by one of these names, or lie in a folder that is."""
     for path in sorted(directory.rglob("*")):
-        if path.is_file() and not path.is_symlink() and path.suffix not in _TENSORS:
+        if any(_is_called(part, names) for part in path.relative_to(directory).parts) and (
+            path.is_symlink() or not path.is_dir() or not any(path.iterdir())
+        ):
             yield path
+
+
+def _is_called(part: str, names: set[str]) -> bool:
+    """Whether a part of a path is one of these names, or has it between signs ("rm-ann", "ann.pt").
+
+    Numbers stand in many paths (checkpoint-12, dates), so one that is an id has to be all of it, but for an ending or "user" before it.
+    """
+    return any(
+        re.fullmatch(rf"(user[-_]?)?{re.escape(name)}(\..*)?", part)
+        or (not name.isdecimal() and re.search(rf"(?<![^\W_]){re.escape(name)}(?![^\W_])", part))
+        for name in names
+    )
 
 
 def _holds(path: Path, names: set[str]) -> bool | None:
@@ -323,9 +386,14 @@ def _holds(path: Path, names: set[str]) -> bool | None:
 
     None if it is packed and cannot be looked into.
     """
+    if path.suffix == ".csv" and (table := _csv_table(path)) is not None:
+        # his lines are gone; "ann1" in another's is "ann10", and a short id beside it a count
+        searched = [name for name in names if len(name.encode()) >= _SEARCHED_BYTES]
+        return any(name in cell for line in table for cell in line[1:] for name in searched)
     needles = {json.dumps(name).encode() for name in names} | {
         json.dumps(n, ensure_ascii=False).encode() for n in names
     }
+    needles |= {('"' + name.replace('"', '""') + '"').encode() for name in names}  # as CSV writes it
     # numpy writes text in four bytes a letter, some table programs in two
     needles |= {
         name.encode(code)
@@ -339,13 +407,30 @@ def _holds(path: Path, names: set[str]) -> bool | None:
         if any(content.find(needle) >= 0 for needle in needles):
             return True
         packing = _packing(content[:8])
+    if packing is None:
+        return None
     if not packing:
-        return None if packing is None else False
+        cells = _cells(path.name, names)
+        if cells is None:
+            return False
+        with open(path, "rb") as file:
+            return _holds_stream(file, needles, cells)
     try:
         return _holds_packed(path, packing, needles, names)
     except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error, lzma.LZMAError):
         # torn, or a zip with a password (RuntimeError) or a packing of its own (NotImplementedError); pa.ArrowInvalid is a ValueError
         return None
+
+
+def _cells(file_name: str, names: set[str]) -> re.Pattern[bytes] | None:
+    """What finds a name that is too short to be searched for as it is where it is a value of its own: a cell of CSV, a number in JSON."""
+    endings = set(file_name.lower().split(".")[1:])
+    short = b"|".join(re.escape(name.encode()) for name in sorted(names) if len(name.encode()) < _SEARCHED_BYTES)
+    if short and endings & {"csv", "tsv"}:
+        return re.compile(rb"[,;\t\r\n](" + short + rb")[,;\t\r\n]")
+    if short and endings & {"json", "jsonl"}:
+        return re.compile(rb'"' + ID_COLUMN.encode() + rb'" ?: ?(' + short + rb")[,}\s]")
+    return None
 
 
 def _packing(start: bytes) -> str | None:
@@ -358,12 +443,12 @@ def _holds_packed(path: Path, packed: str, needles: set[bytes], names: set[str])
         return _holds_columns(path, packed, needles, names)
     if packed != "zip":
         with _unpacked(path, packed) as stream:
-            return _holds_stream(stream, needles)
+            return _holds_stream(stream, needles, _cells(path.name, names))
     unread = False
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
             with archive.open(member) as stream:
-                found = _holds_stream(stream, needles)
+                found = _holds_stream(stream, needles, _cells(member.filename, names))
             if found:
                 return True
             unread = unread or found is None
@@ -376,17 +461,19 @@ def _unpacked(path: Path, packed: str) -> Any:
     return lzma.open(path) if packed == "xz" else pa.input_stream(str(path), compression=packed)
 
 
-def _holds_stream(stream: Any, needles: set[bytes]) -> bool | None:
+def _holds_stream(stream: Any, needles: set[bytes], cells: re.Pattern[bytes] | None) -> bool | None:
     """None if what was packed is packed again."""
-    overlap = max(map(len, needles)) - 1
-    kept = stream.read(_PORTION)
-    packing = _packing(kept[:8])
+    overlap = max(_OVERLAP, *map(len, needles))
+    portion = stream.read(_PORTION)
+    packing = _packing(portion[:8])
+    kept = b"\n" + portion  # a cell at the start, and one at the end, has a line's end on either side too
     while True:
-        if any(needle in kept for needle in needles):
+        if any(needle in kept for needle in needles) or (cells is not None and cells.search(kept)):
             return True
-        if not (portion := stream.read(_PORTION)):
+        if not portion:
             return False if packing == "" else None
-        kept = kept[-overlap:] + portion
+        portion = stream.read(_PORTION)
+        kept = kept[-overlap:] + (portion or b"\n")
 
 
 def _holds_columns(path: Path, kind: str, needles: set[bytes], names: set[str]) -> bool:
@@ -485,6 +572,8 @@ def measure_influence(
         NonFiniteError: a gradient is NaN or infinite.
     """
     scorer = Scorer(model, processing_class, batch_size)
+    if scorer.users.pseudonymous and isinstance(dataset, Dataset) and user_column in dataset.column_names:
+        scorer.users.check_ids(dataset, user_column)  # first: what follows names ids as they came
     check_preference_rows(dataset, user_column, name="influence")
     me = scorer.users.index([user_id])[0]
     dataset = dataset.with_format(None)
@@ -620,8 +709,8 @@ def _pull(
 # -- the adapter's files
 
 
-def _bank_tensors(folder: Path, config: ShareLoraConfig) -> list[tuple[int, int]]:
-    """Where the banks of a resident adapter lie in its file: start and bytes of a row of each."""
+def _bank_tensors(folder: Path, config: ShareLoraConfig) -> list[tuple[int, int, tuple[int, ...]]]:
+    """Where the banks of a resident adapter lie in its file: start, bytes of a row and shape of each."""
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         raise AdapterMismatchError(
@@ -636,6 +725,13 @@ def _bank_tensors(folder: Path, config: ShareLoraConfig) -> list[tuple[int, int]
             raise AdapterMismatchError(
                 f"{path} is not a safetensors file ({error}): torn. Take it from a backup."
             ) from None
+    size = path.stat().st_size
+    ends = [tensor["data_offsets"][1] for tensor in header.values() if "data_offsets" in tensor]
+    needed = 8 + length + max(ends, default=0)
+    if size != needed:
+        raise AdapterMismatchError(
+            f"{path} has {size} bytes, and its header tells of {needed}: torn. Nothing has been erased; take it from a backup."
+        )
     found = []
     for name, tensor in header.items():
         own_head = config.personal_head and name.endswith(HEAD_MOVES)
@@ -646,7 +742,7 @@ def _bank_tensors(folder: Path, config: ShareLoraConfig) -> list[tuple[int, int]
                     f"{name} in {path} has {users} rows for {len(config.users)} users: the adapter's files are of two different saves. "
                     "Copy the whole directory again."
                 )
-            found.append((8 + length + start, (end - start) // users))
+            found.append((8 + length + start, (end - start) // users, tuple(tensor["shape"])))
     if not found:
         raise AdapterMismatchError(
             f"{path} has no users' rows (sharelora_{PERSONAL_FACTOR[config.share]}) although {folder / 'adapter_config.json'} says "
@@ -655,9 +751,9 @@ def _bank_tensors(folder: Path, config: ShareLoraConfig) -> list[tuple[int, int]
     return found
 
 
-def _erase_resident(path: Path, tensors: list[tuple[int, int]], row: int) -> None:
+def _erase_resident(path: Path, banks: list[tuple[int, int, tuple[int, ...]]], row: int) -> None:
     with open(path, "r+b") as file:
-        for start, size in tensors:
+        for start, size, _ in banks:
             file.seek(start + row * size)
             file.write(bytes(size))
         file.flush()
@@ -675,22 +771,37 @@ def _read_moments(path: Path) -> dict[str, Any]:
         ) from None
 
 
-def _erase_moments(path: Path, row: int) -> None:
-    """The user's moments in a checkpoint of a resident bank. A file of its own, and of the size of the bank: written anew."""
+def _erase_moments(path: Path, row: int, shapes: list[tuple[int, ...]]) -> bool:
+    """The user's moments in a checkpoint of resident banks of these shapes. A file of its own, and of the size of the bank: written anew.
+
+    Whether all of them are found: of another optimizer than the trainers' what has a bank's shape is taken for its moments.
+    """
     if not path.is_file():
-        return
+        return True
     state = _read_moments(path)
-    erased = False
+    if not isinstance(state, dict) or not {"state", "param_groups"} <= set(state):
+        return False
+    ours = any("rowwise" in group for group in state["param_groups"])
+    erased, known, unknown = False, 0, 0
     for moments in state["state"].values():
-        step: Any = moments.get("step")
-        # only the users' rows have a step count each; who was added after the checkpoint has none
-        if isinstance(step, torch.Tensor) and step.ndim == 1 and row < len(step):
-            for tensor in moments.values():
-                tensor[row] = 0
-            erased = True
+        tensors = [value for value in moments.values() if isinstance(value, torch.Tensor) and value.numel() > 1]
+        his: list[torch.Tensor] = []
+        if ours:
+            step: Any = moments.get("step")
+            # only the users' rows have a step count each; who was added after the checkpoint has none
+            if isinstance(step, torch.Tensor) and step.ndim == 1 and row < len(step):
+                his = list(moments.values())
+        else:
+            his = [tensor for tensor in tensors if tuple(tensor.shape) in shapes]
+            known += bool(his) and len(his) == len(tensors)
+            unknown += len(his) < len(tensors)
+        for tensor in his:
+            tensor[row] = 0
+        erased = erased or bool(his)
     if erased:
         with _replacing(path) as file:
             torch.save(state, file)
+    return ours or known >= len(shapes) or not (known or unknown)
 
 
 def _check_sets(folder: Path) -> None:

@@ -347,6 +347,24 @@ class UserRegistry:
         """
         return [self._stored(user_id, f"row {number}") for number, user_id in enumerate(_several(user_ids))]
 
+    def check_ids(self, dataset: Any, column: str = "user_id") -> None:
+        """Look at the ids of a dataset before they are used; adds nobody. What is said of them shows what may be shown here.
+
+        It needs no key: without it messages name places only, or pseudonyms of nobody.
+
+        Args:
+            dataset ([`~datasets.Dataset`] or iterable of `dict`):
+                As of [`~UserRegistry.from_dataset`].
+            column (`str`, *optional*, defaults to `"user_id"`):
+                The column that names the user.
+
+        Raises:
+            UserIdError, DataError: As of [`~UserRegistry.from_dataset`].
+        """
+        # any other key hides as well
+        key = (self._key or os.urandom(MIN_KEY_BYTES).hex().encode()) if self._key_check else False
+        UserRegistry.from_dataset(dataset, column, key=key)
+
     @property
     def pseudonymous(self) -> bool:
         """Whether it holds pseudonyms instead of ids."""
@@ -474,6 +492,12 @@ class UserRegistry:
         if not self._key_check:
             return user_id_as_text(user_id, where)
         if isinstance(user_id, Pseudonym):
+            if not _PSEUDONYM.fullmatch(user_id):
+                at = f" at {where}" if where else ""
+                raise UserIdError(
+                    f"A Pseudonym (not shown){at} does not read like one: u- and 32 hex digits, as UserRegistry.ids gives them, are needed. If "
+                    "it is an id, give it as plain text, and the key."
+                )
             return user_id
         text = user_id_as_text(user_id, where, hidden=True)
         if self._key is None:

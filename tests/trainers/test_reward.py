@@ -651,6 +651,28 @@ def test_learning_rates_and_decay_reach_their_parts(tmp_path):
         assert values == ((3e-3, 0.2, True) if "sharelora_A" in name else (1e-4, 0.01, False)), name
 
 
+def test_an_optimizer_of_ones_own_is_taken_with_a_word_where_it_can_train_users(tmp_path, caplog):
+    trainer = make_trainer(tmp_path, max_steps=2)
+    before = {name: bank.clone() for name, bank in banks(trainer).items()}
+    trainer.optimizer = torch.optim.AdamW([p for p in trainer.model.parameters() if p.requires_grad], lr=1e-2)
+    trainer.train()
+    (record,) = [record for record in caplog.records if "AdamW" in record.getMessage()]
+    assert record.levelname == "WARNING" and "users who have no data" in record.getMessage()
+    assert any(not torch.equal(bank, before[name]) for name, bank in banks(trainer).items())
+    # rows in a store are no parameters: it would train what is shared, and no user
+    trainer = make_trainer(tmp_path, adapter=ADAPTER | {"bank": "ram"})
+    trainer.optimizer = torch.optim.SGD([p for p in trainer.model.parameters() if p.requires_grad], lr=1e-2)
+    with pytest.raises(ConfigError, match="optimizer of type SGD came for bank='ram'.*no user's row would ever move"):
+        trainer.train()
+    # ours is ours however often it is trained on
+    caplog.clear()
+    for kind in ("resident", "ram"):
+        trainer = make_trainer(tmp_path, adapter=ADAPTER | {"bank": kind}, max_steps=1)
+        trainer.train()
+        trainer.train()
+    assert not [record for record in caplog.records if "optimizer" in record.getMessage().lower()]
+
+
 def test_what_is_shared_is_trained_on_with_the_users_parts_still(tmp_path):
     """After shrink_users: a second trainer on the same model, `learning_rate` 0."""
     first = make_trainer(tmp_path, learning_rate_shared=1e-2)

@@ -4,7 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from ..data import load_preferences
-from ..errors import ConfigError, UserIdError
+from ..errors import ConfigError, UserIdError, some_rows
 from ..new_users import UserSpread
 from ..new_users import add_users as add
 from ..new_users import fit_users as fit
@@ -22,6 +22,7 @@ def add_users(args: Namespace) -> None:
 
     Raises:
         ConfigError: no users came, or the file is missing.
+        UserIdError: the file is not UTF-8, or blanks are around its ids.
     """
     user_ids = list(args.users or [])
     if args.users_file:
@@ -29,9 +30,17 @@ def add_users(args: Namespace) -> None:
         if not path.is_file():
             raise ConfigError(f"--users_file {str(path)!r} is no file; one with a user id per line is needed.")
         try:
-            user_ids += [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            # with the mark that Windows' editors put in front, which is no letter of the first id
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
             raise UserIdError(f"{path} is not UTF-8 text ({error.reason}); write one user id per line.") from None
+        user_ids += [line for line in lines if line.strip()]
+        padded = [number for number, line in enumerate(lines, start=1) if line.strip() not in ("", line)]
+        if padded:
+            raise UserIdError(
+                f"There are blanks around the ids in {some_rows(padded).replace('row', 'line', 1)} of {path}. Ids are compared as they are "
+                "written, so each would be another user than the same without. Remove them; if they belong to the ids, give these with --users."
+            )
     if not user_ids:
         raise ConfigError("No users came; give --users ID [ID ...], or --users_file FILE with an id per line.")
     directory = _directory(args.model_name_or_path)

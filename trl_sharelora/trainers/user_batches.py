@@ -59,6 +59,8 @@ class _ForgetVisits(TrainerCallback):
         # a training that was interrupted may have left its visits, gradients and window behind
         self.on_optimizer_step(args, state, control)
         self.trainer._next_window = None
+        if args.learning_rate:  # else the users' rows stay still
+            self.trainer.model.peft_config["default"].trained_users = None
 
     def on_train_end(self, args, state, control, **kwargs):
         norms = getattr(_innermost(self.trainer.optimizer), "norms", None)
@@ -450,6 +452,18 @@ class UserBatchesMixin:
                 self.router,
                 self._trained_sets(),
                 **kwargs,
+            )
+        elif not isinstance(_innermost(self.optimizer), ShareLoraAdamW):
+            name = type(_innermost(self.optimizer)).__name__
+            if self._trained_sets():
+                raise ConfigError(
+                    f"An optimizer of type {name} came for bank={self.model.peft_config['default'].bank!r}, whose rows are no parameters: no "
+                    "user's row would ever move. Leave it out, or take bank='resident'."
+                )
+            logger.warning(
+                "An optimizer of type %s came. It takes a bank for one parameter, so that it moves users who have no data too, counts the "
+                "steps of all together, and knows no user_norm_bound or user_ridge. Leave it out for the trainer's own.",
+                name,
             )
         return self.optimizer
 
