@@ -12,10 +12,19 @@ from helpers import MAX_POSITIONS, preference_rows, save_tiny, tiny_model, tiny_
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from scipy import integrate, optimize, special, stats
+from transformers import AutoModelForSequenceClassification
 
-from trl_sharelora import ShareLoraConfig, evaluate_users, export_user, use_users
+from trl_sharelora import (
+    ShareLoraConfig,
+    ShareLoraRewardConfig,
+    ShareLoraRewardTrainer,
+    evaluate_users,
+    export_user,
+    use_users,
+)
+from trl_sharelora import new_users as new_users_module
 from trl_sharelora.cli import main
-from trl_sharelora.confidence import fit_confidence
+from trl_sharelora.confidence import fit_confidence, load_sets
 from trl_sharelora.data import tokenize_preference
 from trl_sharelora.errors import ConfigError, DataError, NonFiniteError, UnknownUserError, UserIdError
 from trl_sharelora.new_users import (
@@ -38,7 +47,8 @@ from trl_sharelora.new_users import (
     next_comparisons,
     user_spread,
 )
-from trl_sharelora.scoring import Scorer
+from trl_sharelora.scoring import Scorer, load_reward_model
+from trl_sharelora.sharelora.bank import ResidentBank
 from trl_sharelora.sharelora.routing import get_router
 from trl_sharelora.users import UserRegistry
 
@@ -237,6 +247,26 @@ def test_the_noise_of_the_training_is_taken_off_the_spread_of_many_users():
     assert (spread.directions[:2] @ directions.T).abs().diag().min() > 0.75
 
 
+@pytest.mark.parametrize("users", [15, 16, 40])
+def test_tastes_without_noise_are_not_taken_for_noise(users):
+    """Moves of rank three, as of `shrink_users` with few directions or of a personal part of a few numbers: the other directions are all zero."""
+    model = reward_model()
+    ids = [f"more{number}" for number in range(users)]
+    add_users(model, ids)
+    bank = _UserMoves(model)
+    draw = torch.Generator().manual_seed(0)
+    directions = torch.linalg.qr(torch.randn(bank.entries, 3, generator=draw)).Q.T
+    tastes = torch.randn(users, 3, generator=draw) * torch.tensor([1.0, 0.9, 0.8])
+    for row, move in zip(get_router(model).users.index(ids), tastes @ directions, strict=True):
+        bank.write(row, move)
+    expected = torch.linalg.svdvals(tastes - tastes.mean(0)) / math.sqrt(users - 1)
+    spread = user_spread(model, ids)
+    torch.testing.assert_close(spread.scales, expected, rtol=1e-4, atol=0)
+    # also where others are named whose comparisons are none
+    more = user_spread(model, [*ids, *USERS], comparisons=dict.fromkeys(ids, 3))
+    torch.testing.assert_close(more.scales, expected, rtol=1e-3, atol=0)
+
+
 def test_users_weigh_by_their_comparisons_and_who_has_not_moved_does_not_count():
     model = reward_model()
     moves = _UserMoves(model).read(range(8)).double().numpy()
@@ -256,6 +286,41 @@ def test_users_weigh_by_their_comparisons_and_who_has_not_moved_does_not_count()
     _UserMoves(model).write(2, torch.full((_UserMoves(model).entries,), math.nan))
     with pytest.raises(NonFiniteError, match="'user2'"):
         user_spread(model)
+
+
+def test_newcomers_who_were_only_fitted_are_no_prior_for_the_next_ones(tmp_path):
+    """Fits to a few answers stay near the common model: as part of the prior they would pull everybody after them there."""
+    model = reward_model()
+    before = user_spread(model)
+    add_users(model, ["added"])
+    for number in range(2):
+        found = fit_users(model, answers([f"new{number}", "added"], n=6, seed=number), TOKENIZER, refit=True)
+        assert found.spread.n_users == 8
+    torch.testing.assert_close(found.spread.scales, before.scales)
+    assert user_spread(model).n_users == 8 and user_spread(model, [*USERS, "new0"]).n_users == 9
+    assert model.peft_config["default"].trained_users == 8
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path)
+    assert user_spread(loaded).n_users == 8
+    assert fit_users(loaded, answers(["later"]), TOKENIZER).spread.n_users == 8
+    add_users(loaded, USERS)  # nobody new
+    assert add_users(reward_model(), USERS) == list(range(8)) and loaded.peft_config["default"].trained_users == 8
+
+
+@pytest.mark.parametrize(("rate", "trained"), [(1e-3, None), (0.0, 8)])
+def test_after_a_training_of_their_rows_all_users_are_the_prior(rate, trained, tmp_path):
+    model = reward_model()
+    fit_users(model, answers(), TOKENIZER)
+    arguments = ShareLoraRewardConfig(
+        output_dir=str(tmp_path), max_steps=1, learning_rate=rate, learning_rate_shared=1e-3, use_cpu=True, bf16=False,
+        gradient_checkpointing=False, save_strategy="no", report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    rows = Dataset.from_list(preference_rows([*USERS, "new0", "new1"], 20))
+    trainer = ShareLoraRewardTrainer(model=model, args=arguments, train_dataset=rows, processing_class=TOKENIZER)
+    assert model.peft_config["default"].trained_users == 8
+    trainer.train()
+    assert model.peft_config["default"].trained_users == trained
+    assert user_spread(model).n_users == (10 if trained is None else 8)
 
 
 # -- the small problem
@@ -328,7 +393,10 @@ def test_hypotheses_are_weighed_by_their_evidence():
 
 
 def test_held_out_answers_take_back_what_does_not_hold_and_leave_what_does():
-    assert _fold_masks(7).sum(0).tolist() == [1] * 7 and _fold_masks(7).sum(1).tolist() == [2, 2, 1, 1, 1]
+    pairs = torch.arange(7)
+    assert _fold_masks(pairs).sum(0).tolist() == [1] * 7 and _fold_masks(pairs).sum(1).tolist() == [2, 2, 1, 1, 1]
+    # both answers to a pair are held out together
+    assert _fold_masks(torch.tensor([0, 1, 0, 2])).tolist() == [[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 1]]
     draw = torch.Generator().manual_seed(0)
     common = torch.randn(60, generator=draw, dtype=torch.float64).abs()  # right each time
     harmful = _held_out(common, -3 * common)
@@ -428,13 +496,16 @@ def test_everything_else_stays_bit_identical_and_the_fit_is_saved_and_exported(m
     assert float(chosen - rejected) == pytest.approx(float(expected[0]), abs=1e-5)
 
 
+@pytest.mark.parametrize("several", [True, False], ids=["spread", "no spread"])
 @pytest.mark.parametrize("method", ["auto", "full"])
-def test_nobodys_fit_depends_on_who_else_is_there(method):
-    spread = user_spread(reward_model())
+def test_nobodys_fit_depends_on_who_else_is_there(method, several):
+    spread = user_spread(reward_model()) if several else None
     found = []
     for users in (["new0"], ["new0", "new1", "new2"]):
         rows = [row for row in preference_rows(["new0", "new1", "new2"], 60) if row["user_id"] in users]
         model = reward_model()
+        if not several:
+            model.peft_config["default"].trained_users = 2  # too few for a spread
         result = fit_users(model, Dataset.from_list(rows), TOKENIZER, method, spread=spread)
         found.append((_UserMoves(model).read(get_router(model).users.index(["new0"])), result.table.iloc[0]))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-3, atol=1e-5)
@@ -502,6 +573,44 @@ def test_answers_that_cannot_be_used_are_counted_per_user_and_contradictions_cou
     assert shorter.dropped > 12
 
 
+@pytest.mark.parametrize(("method", "several"), [("auto", True), ("full", True), ("auto", False)])
+def test_an_answer_that_is_repeated_counts_once(method, several, caplog):
+    """Six answers that come three times are six, in the fit, in the folds and for how far the fit goes (eighteen would be refined further)."""
+    rows, found = preference_rows(["new"], 6, seed=4), []
+    rows[5] |= {"prompt": rows[0]["prompt"], "chosen": rows[0]["rejected"], "rejected": rows[0]["chosen"]}
+    for more in ([], [*rows[:5], *rows[:5], *rows[:3]]):
+        model = reward_model()
+        if not several:
+            for row in range(8):
+                _UserMoves(model).write(row, torch.zeros(_UserMoves(model).entries))
+        result = fit_users(model, Dataset.from_list(rows + more), TOKENIZER, method)
+        found.append((result.table, _UserMoves(model).read(get_router(model).users.index(["new"])), result.n))
+    (once, move, n), (often, other, m) = found
+    assert once["duplicates"].tolist() == [0] and often["duplicates"].tolist() == [13] and n == m == 6
+    assert "13 of 19 comparisons repeat an answer of the same user" in caplog.text
+    assert once.drop(columns="duplicates").equals(often.drop(columns="duplicates"))
+    assert once["contradictions"].tolist() == [1] and torch.equal(move, other)
+
+
+def test_of_a_single_pair_nothing_is_held_out_however_often_it_is_answered():
+    rows = preference_rows(["new"], 1)
+    both = [rows[0], dict(rows[0], chosen=rows[0]["rejected"], rejected=rows[0]["chosen"])]
+    for given in (rows * 9, both * 4):
+        table = fit_users(reward_model(), Dataset.from_list(given), TOKENIZER).table
+        assert table["gain"].isna().all() and 0 < table["shrinkage"][0] < 1
+
+
+def test_the_confidence_set_counts_a_repeated_answer_once():
+    rows, widths = preference_rows(["new"], 5), []
+    for given in (rows, rows * 4):
+        model = reward_model()
+        sets = fit_confidence(model, Dataset.from_list(preference_rows(USERS, 40)), TOKENIZER, save=False)
+        fit_users(model, Dataset.from_list(given), TOKENIZER, sets=sets)
+        features = torch.randn(4, sets.feature_size, generator=torch.Generator().manual_seed(0))
+        widths.append(sets.width(features, torch.tensor([8] * 4)))
+    torch.testing.assert_close(*widths)
+
+
 def test_opposite_answers_alone_pull_the_margin_to_zero():
     rows = preference_rows(["new"], 1)
     rows.append(dict(rows[0], chosen=rows[0]["rejected"], rejected=rows[0]["chosen"]))
@@ -534,6 +643,32 @@ def test_one_answer_is_enough_and_none_is_an_error():
     assert len(get_router(model).users) == before
 
 
+def test_settings_that_cannot_be_used_add_nobody():
+    model = reward_model()
+    for wrong in (0, -1, True, "9", 2.0):
+        with pytest.raises(ConfigError, match=f"max_length={wrong!r} came; a whole number of at least 1, or None"):
+            fit_users(model, answers(), TOKENIZER, max_length=wrong)
+        with pytest.raises(ConfigError, match="max_length="):
+            next_comparisons(model, "user0", answers(), 3, TOKENIZER, max_length=wrong)
+    for users in (5, None):
+        with pytest.raises(ConfigError, match=f"{users!r} came as the users; a list of ids is needed"):
+            add_users(model, users)
+    for nothing in (None, "rm", {"default": model}):
+        with pytest.raises(ConfigError, match=f"{type(nothing).__name__} came as the model; a PeftModel"):
+            add_users(nothing, ["new0"])
+    assert len(get_router(model).users) == 8
+
+
+def test_the_spread_or_fit_of_another_adapter_is_named():
+    model, other = reward_model(), reward_model("A")
+    spread, fit = user_spread(other), fit_users(other, answers(["user0"]), TOKENIZER, refit=True)
+    for wrong in ({"spread": spread}, {"fit": fit}):
+        with pytest.raises(ConfigError, match="it was made from another one"):
+            next_comparisons(model, "user0", answers(), 3, TOKENIZER, **wrong)
+    with pytest.raises(ConfigError, match="it was made from another one"):
+        fit_users(model, answers(), TOKENIZER, spread=spread)
+
+
 def test_a_diverged_model_changes_nobody():
     model = reward_model()
     with torch.no_grad():
@@ -543,6 +678,121 @@ def test_a_diverged_model_changes_nobody():
     assert "new0" not in get_router(model).users
     with pytest.raises(NonFiniteError, match="rewards of candidates"):
         next_comparisons(model, "user0", answers(), 3, TOKENIZER, spread=user_spread(reward_model()))
+
+
+@pytest.mark.parametrize("several", [True, False], ids=["spread", "no spread"])
+def test_a_model_that_diverged_is_told_from_a_fit_that_did(several):
+    """The users by their ids, and not by their places among the newcomers."""
+    model = reward_model()
+    if not several:
+        _UserMoves(model).write(0, torch.zeros(_UserMoves(model).entries))
+        model.peft_config["default"].trained_users = 1
+    add_users(model, ["0", "1"])
+    spread = user_spread(model, USERS[1:]) if several else None
+    with torch.no_grad():
+        model.base_model.model.model.norm.weight[3] = math.nan
+    with pytest.raises(NonFiniteError, match=r"user\(s\) 'yan', 'zoe'.*The model has diverged") as error:
+        fit_users(model, answers(["yan", "zoe"]), TOKENIZER, "full", spread=spread)
+    assert "learning rate" not in str(error.value) and "yan" not in get_router(model).users
+    model = reward_model()
+    with pytest.raises(NonFiniteError, match=r"The fit has diverged \(method='full'\)"):
+        fit_users(
+            model, answers(["yan"]), TOKENIZER, "full", spread=replace(user_spread(model), scales=torch.zeros(4))
+        )
+
+
+@pytest.mark.parametrize(("method", "bank"), [("auto", "resident"), ("full", "resident"), ("auto", "ram")])
+def test_within_inference_mode_all_is_as_outside_and_can_be_trained_after(method, bank):
+    found = []
+    for mode in (True, False):
+        model = reward_model(bank=bank)
+        with torch.inference_mode(mode):
+            fit = fit_users(model, answers(), TOKENIZER, method)
+            asked = next_comparisons(model, "new0", answers(), 3, TOKENIZER, fit=fit)
+            prior = next_comparisons(model, "user0", answers(), 3, TOKENIZER)
+            own = _Passes(Scorer(model, TOKENIZER, 4)).margins(pairs_of(answers(), [0] * 24), fit.spread.mean[None])
+        found.append((_UserMoves(model).read([8, 9]), asked.chosen, prior.chosen, own.tolist()))
+        assert not any(
+            bank.weight.is_inference() for bank in _UserMoves(model).banks if isinstance(bank, ResidentBank)
+        )
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1:] == found[1][1:]
+
+
+def test_a_saved_model_is_fitted_within_inference_mode(tmp_path):
+    folder = saved_model(tmp_path)
+    with torch.inference_mode():
+        fit_users(folder, answers(), device="cpu")
+    assert UserRegistry.load(folder).ids == [*USERS, "new0", "new1"]
+
+
+def test_a_disabled_adapter_has_nobody_to_fit():
+    model = reward_model()
+    before = everything(model)
+    with model.disable_adapter():
+        with pytest.raises(ConfigError, match="is disabled.*leave the block"):
+            fit_users(model, answers(), TOKENIZER)
+        with pytest.raises(ConfigError, match="is disabled"):
+            next_comparisons(model, "user0", answers(), 3, TOKENIZER)
+    assert_same(everything(model), before)
+
+
+def saved_model(folder, **config):
+    """With its tokenizer and confidence sets of the trained users."""
+    base = save_tiny("llama", folder / "base")
+    model = reward_model(base=AutoModelForSequenceClassification.from_pretrained(base, num_labels=1), **config)
+    model.save_pretrained(folder / "rm")
+    TOKENIZER.save_pretrained(folder / "rm")
+    fit_confidence(str(folder / "rm"), Dataset.from_list(preference_rows(USERS, 40)), device="cpu")
+    return folder / "rm"
+
+
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        ("add_comparisons", KeyboardInterrupt()),
+        ("save_pretrained", OSError(28, "No space left on device")),
+        ("_save_sets", KeyboardInterrupt()),
+    ],
+)
+def test_a_save_that_is_cut_off_leaves_confidence_sets_that_can_be_used(where, error, tmp_path, monkeypatch):
+    """The sets name the number of users, and with more of them than the model has they would be nobody's."""
+    folder = saved_model(tmp_path)
+
+    def cut_off(*args, **kwargs):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PeftModel if where == "save_pretrained" else new_users_module, where, cut_off)
+        with pytest.raises(type(error)):
+            fit_users(folder, answers(), device="cpu")
+    scorer = Scorer(*load_reward_model(folder, device="cpu"), 4)
+    assert bool(load_sets(str(folder), "ellipsoid", scorer)[0].has(torch.arange(8)).all())
+    there = where == "_save_sets"  # the model was saved before
+    assert UserRegistry.load(folder).ids == [*USERS, *(["new0", "new1"] if there else [])]
+    fit_users(folder, answers(), device="cpu", refit=there)
+    scorer = Scorer(*load_reward_model(folder, device="cpu"), 4)
+    assert bool(load_sets(str(folder), "ellipsoid", scorer)[0].has(torch.arange(10)).all())
+
+
+@pytest.mark.parametrize("personal_head", [False, True])
+def test_features_that_cannot_be_read_change_nobody_and_no_set(personal_head, monkeypatch):
+    model = reward_model("none" if personal_head else "B", personal_head=personal_head)
+    sets = fit_confidence(model, Dataset.from_list(preference_rows(USERS, 40)), TOKENIZER, save=False)
+    fit_users(model, answers(["new"]), TOKENIZER, sets=sets)
+    before, own = everything(model), {name: tensor.clone() for name, tensor in sets.tensors().items()}
+
+    def cut_off(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(new_users_module, "add_comparisons", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            fit_users(model, answers(["new", "other"], seed=6), TOKENIZER, sets=sets, refit=True)
+    assert_same(everything(model, leave_out=("other",)), before)
+    assert not _UserMoves(model).read(get_router(model).users.index(["other"])).any()
+    assert all(torch.equal(tensor, own[name]) for name, tensor in sets.tensors().items())
+    fit_users(model, answers(["new", "other"], seed=6), TOKENIZER, sets=sets, refit=True)
+    assert bool(sets.has(torch.tensor([8, 9])).all())
 
 
 def test_the_newcomer_gets_the_confidence_set_that_everybody_has(tmp_path):
@@ -643,14 +893,14 @@ def test_candidates_that_cannot_be_asked():
 
 def test_the_commands_change_a_saved_adapter(tmp_path, capsys):
     base = save_tiny("llama", tmp_path / "base")
-    from transformers import AutoModelForSequenceClassification
-
     model = reward_model(base=AutoModelForSequenceClassification.from_pretrained(base, num_labels=1))
     folder = tmp_path / "rm"
     model.save_pretrained(folder)
     TOKENIZER.save_pretrained(folder)
     fit_confidence(str(folder), Dataset.from_list(preference_rows(USERS, 40)), device="cpu")
-    (tmp_path / "ids.txt").write_text("late\nuser1\n")
+    (tmp_path / "ids.txt").write_text(
+        "late\n\nuser1\n", encoding="utf-8-sig"
+    )  # the mark of Windows' editors is no letter
     here = ["--model_name_or_path", str(folder), "--use_cpu"]
     assert main(["add-users", *here, "--users", "new0", "--users_file", str(tmp_path / "ids.txt")]) == 0
     assert "2 new users, 1 known already" in capsys.readouterr().out
@@ -668,6 +918,12 @@ def test_the_commands_change_a_saved_adapter(tmp_path, capsys):
     assert main(fit) == 2 and "UserIdError" in capsys.readouterr().err
     assert main([*fit, "--refit"]) == 0
     assert main(["add-users", *here]) == 2 and main(["add-users", *here, "--users_file", "nowhere"]) == 2
+    (tmp_path / "ids.txt").write_text("fay-51aa\nnewbie-9d1c \n\n\tdan-77c1\n")
+    capsys.readouterr()
+    assert main(["add-users", *here, "--users_file", str(tmp_path / "ids.txt")]) == 2
+    said = capsys.readouterr().err
+    assert "lines 2, 4 of" in said and "blanks" in said and "newbie" not in said and "dan-77c1" not in said
+    assert len(UserRegistry.load(folder)) == 11
     assert main(["fit-users", "--model_name_or_path", "nowhere", "--dataset_name", str(tmp_path / "rows.jsonl")]) == 2
 
 

@@ -204,7 +204,7 @@ def _features_of(
     scorer: Scorer, dataset: Dataset, user_column: str, max_length: int | None, parameters: str, sketch: CountSketch
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """`(user_index, features of chosen, features of rejected)` on the CPU, some batches of the dataset at a time."""
-    check_preference_rows(dataset, user_column, name="confidence")
+    check_preference_rows(dataset, user_column, name="confidence", users=scorer.users)
     dataset = dataset.with_format(None)
     ids = scorer.users.names(dataset[user_column][:])
     all_index = torch.tensor(scorer.users.index(ids))

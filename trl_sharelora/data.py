@@ -237,7 +237,9 @@ def _require_dataset(dataset: Any, name: str) -> Dataset:
     )
 
 
-def check_preference_rows(dataset: Dataset, user_column: str = "user_id", name: str = "train") -> None:
+def check_preference_rows(
+    dataset: Dataset, user_column: str = "user_id", name: str = "train", users: UserRegistry | None = None
+) -> None:
     """Look at every row of a preference dataset before anything is trained on it.
 
     One error tells all kinds of problems found, with their row numbers. Rows are decoded in batches; 100,000 rows take a few
@@ -250,6 +252,8 @@ def check_preference_rows(dataset: Dataset, user_column: str = "user_id", name: 
             The column that names the user.
         name (`str`, *optional*, defaults to `"train"`):
             What to call the dataset in a message.
+        users ([`UserRegistry`], *optional*):
+            Of the model: if it is pseudonymous no message shows an id.
 
     Raises:
         UserIdError: The ids are the only thing wrong: blank, missing, a float or a bool, too long, or text and integers mixed.
@@ -266,7 +270,7 @@ def check_preference_rows(dataset: Dataset, user_column: str = "user_id", name: 
     # a "torch" or "numpy" format would hand out arrays; the checks are about Python values
     dataset = dataset.with_format(None)
     if user_column in columns:
-        findings.ids = _problem_of_ids(dataset, user_column)
+        findings.ids = _problem_of_ids(dataset, user_column, users)
     pair = _token_columns(columns)
     # tokenised rows are not tokenised again, so the texts beside the ids have no effect
     needed = [column for column in (*(pair or TEXT_COLUMNS), "margin") if column in columns]
@@ -285,7 +289,9 @@ def check_preference_rows(dataset: Dataset, user_column: str = "user_id", name: 
     findings.raise_if_any(name)
 
 
-def check_prompt_rows(dataset: Dataset, user_column: str = "user_id", name: str = "train") -> None:
+def check_prompt_rows(
+    dataset: Dataset, user_column: str = "user_id", name: str = "train", users: UserRegistry | None = None
+) -> None:
     """Look at every row of a dataset of prompts, each of a user, before a policy is trained on it.
 
     Args:
@@ -295,6 +301,8 @@ def check_prompt_rows(dataset: Dataset, user_column: str = "user_id", name: str 
             The column that names the user.
         name (`str`, *optional*, defaults to `"train"`):
             What to call the dataset in a message.
+        users ([`UserRegistry`], *optional*):
+            Of the model: if it is pseudonymous no message shows an id.
 
     Raises:
         UserIdError: The ids are the only thing wrong.
@@ -308,7 +316,7 @@ def check_prompt_rows(dataset: Dataset, user_column: str = "user_id", name: str 
     findings.columns += _missing_columns(columns, user_column, prompts=True) if columns else []
     dataset = dataset.with_format(None)
     if user_column in columns:
-        findings.ids = _problem_of_ids(dataset, user_column)
+        findings.ids = _problem_of_ids(dataset, user_column, users)
     forms: dict[str | None, list[int]] = {}
     if "prompt" in columns:
         for row_number, prompt in enumerate(dataset["prompt"]):
@@ -320,7 +328,13 @@ def check_prompt_rows(dataset: Dataset, user_column: str = "user_id", name: str 
     findings.raise_if_any(name)
 
 
-def check_prompt_row(row: dict[str, Any], row_number: int, user_column: str = "user_id", name: str = "train") -> None:
+def check_prompt_row(
+    row: dict[str, Any],
+    row_number: int,
+    user_column: str = "user_id",
+    name: str = "train",
+    users: UserRegistry | None = None,
+) -> None:
     """The checks of [`check_prompt_rows`] for one row.
 
     Args:
@@ -332,6 +346,8 @@ def check_prompt_row(row: dict[str, Any], row_number: int, user_column: str = "u
             The column that names the user.
         name (`str`, *optional*, defaults to `"train"`):
             What to call the dataset in a message.
+        users ([`UserRegistry`], *optional*):
+            Of the model: if it is pseudonymous no message shows an id.
 
     Raises:
         UserIdError, DataError: As in [`check_prompt_rows`].
@@ -340,14 +356,15 @@ def check_prompt_row(row: dict[str, Any], row_number: int, user_column: str = "u
     findings.columns = [f"Row {row_number}: {problem}" for problem in _missing_columns(list(row), user_column, True)]
     if not findings.columns:
         try:
-            user_id_as_text(row[user_column], where=f"row {row_number} of column {user_column!r}")
+            hidden = True if users is not None and users.pseudonymous else None
+            user_id_as_text(row[user_column], where=f"row {row_number} of column {user_column!r}", hidden=hidden)
         except UserIdError as error:
             findings.ids = str(error)
         _check_texts({"prompt": row["prompt"]}, row_number, findings)
     findings.raise_if_any(name)
 
 
-def _problem_of_ids(dataset: Dataset, user_column: str) -> str | None:
+def _problem_of_ids(dataset: Dataset, user_column: str, users: UserRegistry | None = None) -> str | None:
     if type(dataset.features[user_column]).__name__ == "Json":
         # datasets gives this type to a JSON column of mixed types and decodes its text too: '007' comes out as the number 7
         return (
@@ -355,7 +372,10 @@ def _problem_of_ids(dataset: Dataset, user_column: str) -> str | None:
             "their form ('007' became 7). Give all ids as text in the file, or read it with trl_sharelora.data.load_preferences."
         )
     try:
-        UserRegistry.from_dataset(dataset, user_column)
+        if users is not None and users.pseudonymous:
+            users.check_ids(dataset, user_column)
+        else:
+            UserRegistry.from_dataset(dataset, user_column)
     except UserIdError as error:
         return str(error)
     return None
@@ -367,6 +387,7 @@ def check_row(
     user_column: str = "user_id",
     first_row: dict[str, Any] | None = None,
     name: str = "train",
+    users: UserRegistry | None = None,
 ) -> None:
     """The checks of [`check_preference_rows`] for one row of a stream.
 
@@ -382,6 +403,8 @@ def check_row(
             margins, so a row of another form would be treated wrongly without a word; with `first_row` it raises.
         name (`str`, *optional*, defaults to `"train"`):
             What to call the stream in a message.
+        users ([`UserRegistry`], *optional*):
+            As of [`check_preference_rows`].
 
     Raises:
         UserIdError: The id is the only thing wrong.
@@ -393,7 +416,8 @@ def check_row(
         findings.columns = [f"Row {row_number}: {problem}" for problem in findings.columns]
     else:
         try:
-            user_id_as_text(row[user_column], where=f"row {row_number} of column {user_column!r}")
+            hidden = True if users is not None and users.pseudonymous else None
+            user_id_as_text(row[user_column], where=f"row {row_number} of column {user_column!r}", hidden=hidden)
         except UserIdError as error:
             findings.ids = str(error)
     form = _check_content(row, row_number, findings)

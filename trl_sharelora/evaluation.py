@@ -488,7 +488,7 @@ def evaluate_users(
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size} came; at least 1 is needed.")
     _check_model(model, processing_class)
-    check_preference_rows(dataset, user_column, name="evaluation")
+    check_preference_rows(dataset, user_column, name="evaluation", users=_users_of(model))
 
     dataset = dataset.with_format(None)
     users = _users_of(model)
@@ -644,7 +644,7 @@ def calibrate(
         raise ConfigError(
             "form='worst' takes the least member whatever the coefficient, so there is none to find. Give form='std' or 'variance'."
         )
-    check_preference_rows(dataset, user_column, name="calibration")
+    check_preference_rows(dataset, user_column, name="calibration", users=reward.scorer.users)
     tokenizer = reward.scorer.processing_class
     dataset = dataset.with_format(None)
     rows: list[dict[str, Any]] = [

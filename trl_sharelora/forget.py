@@ -572,9 +572,7 @@ def measure_influence(
         NonFiniteError: a gradient is NaN or infinite.
     """
     scorer = Scorer(model, processing_class, batch_size)
-    if scorer.users.pseudonymous and isinstance(dataset, Dataset) and user_column in dataset.column_names:
-        scorer.users.check_ids(dataset, user_column)  # first: what follows names ids as they came
-    check_preference_rows(dataset, user_column, name="influence")
+    check_preference_rows(dataset, user_column, name="influence", users=scorer.users)
     me = scorer.users.index([user_id])[0]
     dataset = dataset.with_format(None)
     of_user: dict[int, list[dict[str, list[int]]]] = {}

@@ -15,6 +15,7 @@ Everything is read off one kind of pass ([`_Passes`]): each comparison in a slot
 backward gives all margins and all per-comparison gradients, of many newcomers together.
 """
 
+import copy
 import logging
 import math
 import os
@@ -34,11 +35,11 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from .confidence import CONFIDENCE_FOLDER, _open, add_comparisons, load_sets
+from .confidence import CONFIDENCE_FOLDER, _open, _save_sets, add_comparisons, load_sets
 from .data import check_preference_rows, tokenize_preference
 from .errors import ConfigError, NonFiniteError, PessimismError, UserIdError, some_rows
 from .pessimism import EllipsoidSets
-from .scoring import Scorer, check_known
+from .scoring import SKETCH_SIZE, Scorer, check_known
 from .sharelora.bank import ResidentBank, SlotBank, WorkingSet
 from .sharelora.config import ShareLoraConfig
 from .sharelora.head import PersonalHead
@@ -90,11 +91,12 @@ MOST_PASSES = 6
 FULL_STEPS, FULL_RATE = 30, 1e-3
 
 
+@torch.inference_mode(False)  # a bank that grew in it could not be trained
 def add_users(model: Any, user_ids: Iterable[str | int]) -> list[int]:
     """The rows of users, new ones among them; a new user starts as the common model (D = 0) and can be scored and trained at once.
 
     All other rows stay bit-identical. In a store (`bank="ram"`, `"mmap"`) a new user costs nothing until his first step; a resident
-    bank is copied once per call.
+    bank is copied once per call. Until a trainer of this package trains him he is no part of [`user_spread`].
 
     Args:
         model ([`~peft.PeftModel`]):
@@ -105,6 +107,7 @@ def add_users(model: Any, user_ids: Iterable[str | int]) -> list[int]:
     Raises:
         UserIdError: an id is not usable; nobody is added then.
         RoutingError: the model has no ShareLoRA adapter.
+        ConfigError: no model came, or no list of ids.
 
     Example:
 
@@ -113,7 +116,15 @@ def add_users(model: Any, user_ids: Iterable[str | int]) -> list[int]:
     evaluate_users(model, rows_of_eve, processing_class=tokenizer)
     ```
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"{type(model).__name__} came as the model; a PeftModel with a ShareLoRA adapter is needed. Load a saved one first "
+            "(PeftModel.from_pretrained), or use `trl-sharelora add-users`."
+        )
+    if not isinstance(user_ids, Iterable):
+        raise ConfigError(f"{user_ids!r} came as the users; a list of ids is needed, for one user too: [user_id].")
     router = get_router(model)
+    before = len(router.users)
     rows = router.users.add(user_ids)
     model.base_model.grow_users()
     for config in model.peft_config.values():
@@ -121,6 +132,8 @@ def add_users(model: Any, user_ids: Iterable[str | int]) -> list[int]:
             config.set_users(
                 router.users
             )  # an additional adapter may have come with a registry of its own, equal until now
+            if config.trained_users is None and len(router.users) > before:
+                config.trained_users = before
     return rows
 
 
@@ -210,8 +223,8 @@ def user_spread(
         model ([`~peft.PeftModel`]):
             With a ShareLoRA adapter.
         user_ids (`Iterable[str | int]`, *optional*):
-            Whose; by default all who have moved (1,024 of them, drawn by a fixed seed, if there are more). Name the users of the training
-            where many others were only fitted.
+            Whose; by default all of the training who have moved (1,024 of them, drawn by a fixed seed, if there are more), without those
+            who were added and fitted after it: fits to few answers are nearer to the common model than people are.
         comparisons (`dict[str, int]`, *optional*):
             How many comparisons each was trained on; a user weighs by it. By default all weigh the same.
         k (`int`, *optional*):
@@ -226,15 +239,14 @@ def user_spread(
         raise ConfigError(f"k={k!r} came; a whole number of directions, at least 1, is needed.")
     bank = _UserMoves(model)
     users = get_router(model).users
-    rows = bank.moved() if user_ids is None else users.index(user_ids)
-    rows = _some(rows, bank.entries) if user_ids is None else rows
+    rows = _some(bank.trained(), bank.entries) if user_ids is None else users.index(user_ids)
     moves = bank.read(rows)
     keep = moves.any(1)
     rows, moves = [row for row, kept in zip(rows, keep.tolist(), strict=True) if kept], moves[keep]
     if len(rows) < 3:
         raise ConfigError(
-            f"{len(rows)} users of this adapter have a move of their own, and the spread of at least 3 is needed. Train it first, or fit "
-            "newcomers with method='gauss-newton' or 'full', which do without."
+            f"Of the users of the training (or those named) {len(rows)} have a move of their own, and the spread of at least 3 is needed. Train it "
+            "first, or fit newcomers with method='gauss-newton' or 'full', which do without."
         )
     bad = [str(users[row]) for row, fine in zip(rows, moves.isfinite().all(1).tolist(), strict=True) if not fine]
     if bad:
@@ -259,9 +271,12 @@ def user_spread(
     rank = int((values > 1e-10 * values[0]).sum()) if bool(values[0] > 0) else 0
     if not rank:
         raise ConfigError("All users have the same move, so there is no spread to look for newcomers in.")
-    if len(rows) >= NOISE_FROM:
-        values = (values - values[:rank].median()).clamp(min=0)
-        rank = max(1, int((values > 0).sum()))
+    counted = int((weights > 0).sum())
+    if counted >= NOISE_FROM:
+        # of as many eigenvalues as the users' differences can have, those that are zero too: where tastes are few and nothing was left open,
+        # the median of the others would be a taste
+        values = (values - values[: counted - 1].median()).clamp(min=0)
+        rank = min(rank, max(1, int((values > 0).sum())))
     share = values.cumsum(0) / values.sum()
     wanted = int((share < EXPLAINED).sum()) + 1
     kept = min(rank, max(FEWEST_DIRECTIONS, min(MOST_DIRECTIONS, wanted)) if k is None else k)
@@ -298,6 +313,7 @@ class _UserMoves:
         adapter = model.active_adapter
         router = get_router(model)
         self.users = router.users
+        self.trained_users = config.trained_users
         self.working_set: WorkingSet | None = router.working_sets.get(adapter)
         layers = [m for m in model.modules() if hasattr(m, "sharelora_common") and adapter in m.sharelora_common]
         self.banks: list[ResidentBank | SlotBank] = [layer.bank(adapter) for layer in layers]
@@ -323,6 +339,10 @@ class _UserMoves:
             return [row for row in self.working_set.store.rows() if self.users[row] is not None]
         moved = [bank.weight.detach().flatten(1).any(1) for bank in self.banks if isinstance(bank, ResidentBank)]
         return torch.stack(moved).any(0).nonzero().flatten().tolist()
+
+    def trained(self) -> list[int]:
+        """Those of [`moved`] who are of the training and were not only fitted after it."""
+        return [row for row in self.moved() if self.trained_users is None or row < self.trained_users]
 
     def read(self, rows: Sequence[int]) -> torch.Tensor:
         """`(len(rows), entries)` float32."""
@@ -491,6 +511,11 @@ class _Passes:
     """One model and forwards and backwards of comparisons at moves that are given."""
 
     def __init__(self, scorer: Scorer):
+        if any(layer.disable_adapters for layer in scorer.layers):
+            raise ConfigError(
+                "The adapter is disabled (within `with model.disable_adapter()`, or after disable_adapter_layers()), so no reward depends on a user. "
+                "Do this where it is enabled: leave the block."
+            )
         self.scorer = scorer
         self.bank = _UserMoves(scorer.model)
         self.passes = 0
@@ -507,6 +532,7 @@ class _Passes:
         chosen, rejected = rewards.chunk(2)
         return chosen - rejected
 
+    @torch.inference_mode(False)  # its tensors could not be differentiated, nor what it allocates written outside it
     def linearise(
         self, pairs: _Pairs, moves: torch.Tensor, basis: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -521,7 +547,7 @@ class _Passes:
         parts = None if basis is None else basis.split(self.bank.sizes, dim=1)
         device = self.scorer.device
         alike = bool((moves == moves[0]).all())
-        with self.scorer.scoring(), _quick(self.scorer, alike), torch.inference_mode(False), torch.enable_grad():
+        with self.scorer.scoring(), _quick(self.scorer, alike), torch.enable_grad():
             for some in self._batches(pairs):
                 slots = torch.arange(len(some), device=device).repeat(2)
                 leaves = [leaf.requires_grad_() for leaf in self.bank.split(moves[pairs.user[some].to(moves.device)])]
@@ -537,6 +563,7 @@ class _Passes:
                     gradients[some] = along.double().cpu()
         return margins, gradients
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def margins(self, pairs: _Pairs, moves: torch.Tensor) -> torch.Tensor:
         """`(n,)` float64 at these moves."""
@@ -549,16 +576,17 @@ class _Passes:
                     margins[some] = self._margins(pairs, some).double().cpu()
         return margins
 
+    @torch.inference_mode(False)
     def descend(
         self,
         pairs: _Pairs,
         moves: torch.Tensor,
         centre: torch.Tensor,
-        variance: float,
+        variance: torch.Tensor,
         steps: int = FULL_STEPS,
         rate: float = FULL_RATE,
     ) -> torch.Tensor:
-        """All entries of the newcomers' moves by the row-wise optimiser, with a ridge `|D - centre|^2 / (2 variance)`.
+        """All entries of the newcomers' moves by the row-wise optimiser, with a ridge `|D - centre|^2 / (2 variance)`, variance `(users,)`.
 
         A step is one pass over all comparisons; the rate goes down to zero on a half cosine.
         """
@@ -571,7 +599,7 @@ class _Passes:
         optimizer = ShareLoraAdamW([group], router, lr=rate, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         centres = self.bank.split(centre.expand(len(moves), -1))
-        with self.scorer.scoring(), torch.inference_mode(False), torch.enable_grad():
+        with self.scorer.scoring(), torch.enable_grad():
             for _ in range(steps):
                 optimizer.zero_grad()
                 for some in self._batches(pairs):
@@ -579,7 +607,7 @@ class _Passes:
                         F.softplus(-self._margins(pairs, some)).sum().backward()
                 for leaf, middle in zip(leaves, centres, strict=True):
                     if leaf.grad is not None:
-                        leaf.grad += (leaf.detach() - middle) / variance
+                        leaf.grad += (leaf.detach() - middle) / variance.view(-1, *[1] * (leaf.ndim - 1))
                 router.mark_visited(users)
                 optimizer.step()
                 schedule.step()
@@ -701,10 +729,13 @@ class _Evidence:
     accuracy_fitted: float = math.nan
 
 
-def _fold_masks(n: int) -> torch.Tensor:
-    """`(folds, n)`: 1 where a comparison is held out; in turns, so that the order of the answers does not matter much."""
-    folds = min(FOLDS, n)
-    return (torch.arange(n) % folds == torch.arange(folds)[:, None]).double()
+def _fold_masks(pair: torch.Tensor) -> torch.Tensor:
+    """`(folds, n)`: 1 where a comparison is held out; the pairs, numbered from 0, in turns, so that their order does not matter much.
+
+    By pairs: of a pair that stands on both sides nothing would be held out.
+    """
+    folds = min(FOLDS, int(pair.max()) + 1)
+    return (pair % folds == torch.arange(folds)[:, None]).double()
 
 
 def _held_out(common: torch.Tensor, moved: torch.Tensor) -> _Evidence:
@@ -791,11 +822,12 @@ class FitUsersResult:
 
     Args:
         table ([`~pandas.DataFrame`]):
-            A line per newcomer: `user_id`, `n` (comparisons used), `dropped` (too long, or the tokenizer cannot tell the two sides apart
-            or fails), `contradictions` (pairs he answered both ways), `method`, `shrinkage` (1: the whole fit, 0: the common model),
-            `mean_weight` (how far the users' mean, instead of the common model, was the start, 0 to 1), and what held-out folds of his own
-            answers say: `gain` (log-likelihood per comparison above the common model's, nats; before the shrinkage, each at its best
-            temperature) with its standard error `gain_se`, `accuracy_common`, `accuracy_fitted`. NaN where there are too few answers for folds.
+            A line per newcomer: `user_id`, `n` (different answers, which are what is used), `dropped` (too long, or the tokenizer cannot tell
+            the two sides apart or fails), `duplicates` (rows that repeat an answer), `contradictions` (pairs he answered both ways), `method`,
+            `shrinkage` (1: the whole fit, 0: the common model), `mean_weight` (how far the users' mean, instead of the common model, was the
+            start, 0 to 1), and what held-out folds of his own answers say: `gain` (log-likelihood per comparison above the common model's,
+            nats; before the shrinkage, each at its best temperature) with its standard error `gain_se`, `accuracy_common`, `accuracy_fitted`.
+            NaN where there are answers to fewer than two pairs.
         spread ([`UserSpread`], *optional*):
             The prior; None where the trained users have no spread.
         posteriors (`dict[str, tuple[torch.Tensor, torch.Tensor]]`):
@@ -819,6 +851,7 @@ class FitUsersResult:
         lines = [
             f"{self.n_users} newcomers, {self.n} comparisons"
             + (f", {self.dropped} dropped" if self.dropped else "")
+            + (f", {int(table['duplicates'].sum())} repeats" if int(table["duplicates"].sum()) else "")
             + f"; {self.passes} passes; prior: "
             + ("none, the trained users have no spread" if self.spread is None else repr(self.spread))
         ]
@@ -842,6 +875,7 @@ class FitUsersResult:
         return "\n".join(lines) + (f"\n... and {rest} more" if rest > 0 else "")
 
 
+@torch.inference_mode(False)  # a model that is loaded in it cannot be differentiated
 def fit_users(
     model_or_path: Any,
     comparisons: Dataset,
@@ -866,7 +900,8 @@ def fit_users(
         model_or_path ([`~peft.PeftModel`], `str` or `os.PathLike`):
             A trained ShareLoRA reward model, changed in place; or where it was saved: then it is saved again.
         comparisons ([`~datasets.Dataset`]):
-            All comparisons of the newcomers, and of nobody else; see [`~trl_sharelora.data.check_preference_rows`].
+            All comparisons of the newcomers, and of nobody else; see [`~trl_sharelora.data.check_preference_rows`]. A row that repeats an
+            answer (same user, same tokens on the same side) counts once; both of two opposite answers count.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The tokenizer; by default the one saved with the adapter.
         method (`str`, *optional*, defaults to `"auto"`):
@@ -880,7 +915,7 @@ def fit_users(
         refit (`bool`, *optional*, defaults to `False`):
             Fit users anew who have a move of their own already; it is replaced.
         spread ([`UserSpread`], *optional*):
-            The prior; by default [`user_spread`] of all others with moves. Keep it where newcomers come often.
+            The prior; by default [`user_spread`] of the others of the training. Keep it where newcomers come often.
         batch_size (`int`, *optional*, defaults to 16):
             Comparisons per forward; each is two sequences.
         max_length (`int`, *optional*):
@@ -898,7 +933,8 @@ def fit_users(
         DataError: there are no comparisons, or a row is not one.
         ConfigError: `"pca"` without trained users, a setting that is unknown, or the spread of another adapter.
         NonFiniteError: a reward or a trained user's row is NaN or infinite.
-        PessimismError: the saved confidence sets do not fit the model. In all cases nothing has been changed.
+        PessimismError: the saved confidence sets do not fit the model. In all cases nothing has been changed. (Where the features of confidence
+            sets cannot be read newcomers may have got a row, as by [`add_users`].)
 
     Example:
 
@@ -909,7 +945,7 @@ def fit_users(
     check_known("method", method, METHODS)
     scorer, path = _open(model_or_path, processing_class, batch_size, loading)
     directory = os.fspath(output_dir) if output_dir is not None else path
-    check_preference_rows(comparisons, user_column, name="newcomers'")
+    check_preference_rows(comparisons, user_column, name="newcomers'", users=scorer.users)
     comparisons = comparisons.with_format(None)
     ids = scorer.users.names(comparisons[user_column][:])
     newcomers = list(dict.fromkeys(ids))
@@ -926,7 +962,7 @@ def fit_users(
             "has been changed."
         )
     if spread is None:
-        others = [row for row in passes.bank.moved() if row not in moved]
+        others = [row for row in passes.bank.trained() if row not in moved]
         if len(others) >= 3 or method == "pca":
             spread = user_spread(scorer.model, [str(scorer.users[row]) for row in _some(others, passes.bank.entries)])
 
@@ -936,11 +972,19 @@ def fit_users(
     fit = _Fit(passes, pairs, len(newcomers), spread, newcomers)
     fit.run(method)
 
-    parameters = "last_layer"
+    repeated = sum(fit.duplicates)
+    if repeated:
+        logger.warning(
+            f"{repeated} of {len(comparisons)} comparisons repeat an answer of the same user and count once with it; they are of "
+            f"{sum(one > 0 for one in fit.duplicates)} users."
+        )
+        kept_rows = [row for row, new in zip(kept_rows, fit.new.tolist(), strict=True) if new]
+
+    settings: dict[str, Any] = {"parameters": "last_layer", "sketch_size": SKETCH_SIZE, "sketch_seed": 0}
     saved = directory is not None and Path(directory, CONFIDENCE_FOLDER, "ellipsoid.json").is_file()
     if sets is None and saved:  # before anything is changed: they may not fit
         sets, settings = load_sets(directory, "ellipsoid", scorer)
-        parameters = settings["parameters"]
+    parameters = settings["parameters"]
 
     if sets is not None and parameters != "own_factor" and sets.feature_size != scorer.head().in_features:
         raise PessimismError(
@@ -950,28 +994,40 @@ def fit_users(
 
     add_users(scorer.model, newcomers)
     bank = _UserMoves(scorer.model)
-    rewritten: list[int] = []
-    for user_id, row, move in zip(newcomers, scorer.users.index(newcomers), fit.moves, strict=True):
-        if user_id not in fit.without_answers:  # who has been refitted to nothing keeps what he had
-            bank.write(row, move)
-            rewritten.append(row)
-    result = fit.result(dropped, _contradictions(pairs, len(newcomers)))
-    if sets is not None and kept_rows:
-        for row in rewritten:
-            if row in moved and row < sets.num_users:
-                sets.remove(row)  # what is counted again below
-        add_comparisons(
-            scorer.model,
-            comparisons.select(kept_rows),
-            scorer.processing_class,
-            sets=sets,
-            user_column=user_column,
-            batch_size=batch_size,
-            parameters=parameters,
-            output_dir=directory if saved else None,
-        )
+    rows = scorer.users.index(newcomers)
+    # who has been refitted to nothing keeps what he had
+    rewritten = [place for place, user_id in enumerate(newcomers) if user_id not in fit.without_answers]
+    before = bank.read([rows[place] for place in rewritten])
+    changed = copy.copy(sets)  # its methods put new tensors in the places of the former
+    try:
+        for number in rewritten:
+            bank.write(rows[number], fit.moves[number])
+        if sets is not None and changed is not None and kept_rows:
+            for number in rewritten:
+                if rows[number] in moved and rows[number] < sets.num_users:
+                    changed.remove(rows[number])  # what is counted again below
+            add_comparisons(
+                scorer.model,
+                comparisons.select(kept_rows),
+                scorer.processing_class,
+                sets=changed,
+                user_column=user_column,
+                batch_size=batch_size,
+                parameters=parameters,
+            )
+    except BaseException:
+        # the features cannot be read, or Ctrl-C: fitted but without a set he would be refused the next time
+        for number, move in zip(rewritten, before, strict=True):
+            bank.write(rows[number], move)
+        raise
+    result = fit.result(dropped)
+    if sets is not None and changed is not None:
+        sets.directions, sets.information, sets.offsets = changed.directions, changed.information, changed.offsets
     if directory is not None:
         scorer.model.save_pretrained(directory)
+        # last: sets of fewer users than the model has can be used, of more they cannot
+        if sets is not None and saved and kept_rows:
+            _save_sets(directory, "ellipsoid", sets, settings, scorer)
     for line in str(result).splitlines()[:2]:
         logger.info(line)
     return result
@@ -981,6 +1037,8 @@ def _tokenised(
     dataset: Dataset, users: list[int], scorer: Scorer, max_length: int | None
 ) -> tuple[list[int], _Pairs, list[int]]:
     """The rows that can be used, their tokens, and how many of each user cannot."""
+    if max_length is not None and (type(max_length) is not int or max_length < 1):
+        raise ConfigError(f"max_length={max_length!r} came; a whole number of at least 1, or None, is needed.")
     limit = min((n for n in (max_length, scorer.positions) if n is not None), default=None)
     pairs, kept = _Pairs([], [], torch.empty(0, dtype=torch.long)), []
     dropped = [0] * (max(users, default=-1) + 1)
@@ -1006,20 +1064,27 @@ def _tokenised(
     return kept, pairs, dropped
 
 
-def _contradictions(pairs: _Pairs, users: int) -> list[int]:
-    counts = [0] * users
-    seen = [set() for _ in range(users)]  # type: list[set[Any]]
+def _answers(pairs: _Pairs, users: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which comparisons do not repeat an earlier answer of their user, `(n,)` bool, and which of his pairs each is about, `(n,)` from 0."""
+    seen = set()
+    numbers: list[dict[frozenset[Any], int]] = [{} for _ in range(users)]
+    new, about = [], []
     for chosen, rejected, user in zip(pairs.chosen, pairs.rejected, pairs.user.tolist(), strict=True):
-        pair = tuple(chosen), tuple(rejected)
-        counts[user] += pair[::-1] in seen[user] and pair not in seen[user]
-        seen[user].add(pair)
-    return counts
+        sides = tuple(chosen), tuple(rejected)
+        new.append((user, sides) not in seen)
+        seen.add((user, sides))
+        about.append(numbers[user].setdefault(frozenset(sides), len(numbers[user])))
+    return torch.tensor(new, dtype=torch.bool), torch.tensor(about, dtype=torch.long)
 
 
 class _Fit:
     """Newcomers being fitted: coordinates, moves, evidence. No bank is written."""
 
     def __init__(self, passes: _Passes, pairs: _Pairs, users: int, spread: UserSpread | None, names: list[str]):
+        # a repeated answer tells nothing new; counted as one more it would make chance look sure
+        self.new, pair = _answers(pairs, users)
+        self.duplicates = torch.bincount(pairs.user[~self.new], minlength=users).tolist()
+        pairs, self.pair = pairs.of(self.new), pair[self.new]
         self.passes, self.pairs, self.users, self.spread, self.names = passes, pairs, users, spread, names
         self.own = [(pairs.user == user).nonzero().flatten() for user in range(users)]
         self.without_answers = {names[user] for user in range(users) if not len(self.own[user])}
@@ -1075,10 +1140,8 @@ class _Fit:
                 self._note(user, posterior, hypotheses, "pca")
         if common is not None:
             for user in asked:
-                self._hold_out(user, constants, gradients, common, hypotheses)
-                if (
-                    len(self.own[user]) > 1
-                ):  # of one answer nothing was held out, and the mean has weighed the common model already
+                # of one pair nothing is held out, and the mean has weighed the common model already
+                if self._hold_out(user, constants, gradients, common, hypotheses):
                     theta[user] *= self.evidence[user].shrinkage
                 self.posteriors[user] = theta[user].clone(), self.posteriors[user][1]
         else:
@@ -1090,6 +1153,11 @@ class _Fit:
 
     def _ones(self, user: int) -> torch.Tensor:
         return torch.ones(1, len(self.own[user]), dtype=torch.float64)
+
+    def _folds(self, user: int) -> torch.Tensor | None:
+        """`(folds, n)` masks of his comparisons; None where they are about fewer than two pairs."""
+        pair = self.pair[self.own[user]]
+        return _fold_masks(pair) if int(pair.max()) else None
 
     def _along(self, gradients: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
         return (gradients * theta[self.pairs.user]).sum(1)
@@ -1125,14 +1193,15 @@ class _Fit:
         gradients: torch.Tensor,
         common: torch.Tensor,
         hypotheses: Sequence[_Hypothesis],
-    ) -> None:
-        own = self.own[user]
-        if len(own) < 2:
-            return
-        held = _fold_masks(len(own))
+    ) -> bool:
+        """Notes what his folds say; False where there are none."""
+        own, held = self.own[user], self._folds(user)
+        if held is None:
+            return False
         fits = _posteriors(constants[own], gradients[own], 1 - held, hypotheses, common[own])
         fitted = sum(mask * (constants[own] + gradients[own] @ fit.mean) for mask, fit in zip(held, fits, strict=True))
         self.evidence[user] = _held_out(common[own], fitted - common[own])
+        return True
 
     def _lbfgs(
         self,
@@ -1226,26 +1295,31 @@ class _Fit:
                 self.mean_weight[user] = 0.0
                 self.method[user] = "gauss-newton"
                 self.evidence[user].shrinkage = 1.0 - float(posterior.weights[0] if weigh else 0.0)
-                if weigh and int(own.sum()) > 1:
-                    held = _fold_masks(int(own.sum()))
+                held = self._folds(user) if weigh else None
+                if held is not None:
                     fits = _posteriors(margins[own], features, 1 - held, hypotheses)
                     moved = sum(mask * (features @ fit.mean) for mask, fit in zip(held, fits, strict=True))
                     self.evidence[user] = _held_out(margins[own], moved)
-                scale = self.evidence[user].shrinkage if weigh and int(own.sum()) > 1 else 1.0
+                scale = 1.0 if held is None else self.evidence[user].shrinkage
                 alpha = vectors @ (posterior.mean[1:] / roots) * scale
                 self.moves[user] = (alpha.to(rows) @ rows).to(self.moves)
 
     def _full(self, users: list[int]) -> None:
+        start = self.moves
         if self.spread is None:
-            centre, variance = (
-                torch.zeros_like(self.moves[0]),
-                float(self.moves[users].square().mean().clamp(min=1e-8)),
-            )
+            centre, variance = torch.zeros_like(start[0]), start.square().mean(1).clamp(min=1e-8)
         else:
-            centre = self.spread.mean.to(self.moves)
-            variance = float(self.spread.scales.square().sum() / self.spread.explained / len(centre))
-        self.moves = self.passes.descend(self.pairs, self.moves, centre, variance)
-        if not bool(self.moves.isfinite().all()):
+            centre = self.spread.mean.to(start)
+            total = self.spread.scales.square().sum() / self.spread.explained
+            variance = (total / len(centre)).to(start).expand(len(start))
+        try:
+            self.moves = self.passes.descend(self.pairs, start, centre, variance)
+            diverged = not bool(self.moves.isfinite().all())
+        except NonFiniteError:  # its users are places in this fit
+            diverged = True
+        if diverged:
+            margins = self.passes.margins(self.pairs, start)
+            self._check(margins, margins[:, None], self.pairs)
             raise NonFiniteError("The fit has diverged (method='full'). Nothing has been changed; use method='pca'.")
         for user in users:
             self.method[user] = "full"
@@ -1254,13 +1328,15 @@ class _Fit:
             if self.basis is not None:
                 self.posteriors[user] = _projected(self.moves[user], self.basis)
 
-    def result(self, dropped: list[int], contradictions: list[int]) -> FitUsersResult:
+    def result(self, dropped: list[int]) -> FitUsersResult:
         table = pd.DataFrame(
             {
                 "user_id": self.names,
                 "n": [len(own) for own in self.own],
                 "dropped": dropped,
-                "contradictions": contradictions,
+                "duplicates": self.duplicates,
+                # of an answer to a pair and the opposite one
+                "contradictions": [len(own) - len(self.pair[own].unique()) for own in self.own],
                 "method": self.method,
                 "shrinkage": [one.shrinkage for one in self.evidence],
                 "mean_weight": self.mean_weight,
@@ -1411,8 +1487,8 @@ def next_comparisons(
     Raises:
         UnknownUserError: the model does not know the user.
         DataError: there are no candidates, or a row is not a pair.
-        ConfigError: `k` is no whole number of at least 1, the trained users have no spread or had none when `fit` was made, or `fit` is not of
-            this user.
+        ConfigError: `k` is no whole number of at least 1, the trained users have no spread or had none when `fit` was made, `fit` is not of
+            this user, or one of the two is of another adapter.
         NonFiniteError: a reward is NaN or infinite.
     """
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
@@ -1430,8 +1506,9 @@ def next_comparisons(
         raise ConfigError(
             f"fit holds no posterior of {user_id!r}; give the result of the fit_users call that fitted him."
         )
-    spread = user_spread(model) if spread is None else spread
     passes = _Passes(scorer)
+    spread = user_spread(model) if spread is None else spread
+    spread._check_fits(passes.bank.entries)
     basis = spread.basis.to(scorer.device)
     if fit is not None:
         mean, covariance = fit.posteriors[user_id]
@@ -1487,7 +1564,7 @@ def _candidates(dataset: Any, scorer: Scorer, max_length: int | None) -> tuple[_
         check_preference_rows(dataset.add_column(column, ["nobody"] * len(dataset)), column, name="candidates")
     else:
         same, askable = [], []
-        check_preference_rows(dataset, column, name="candidates")
+        check_preference_rows(dataset, column, name="candidates", users=scorer.users)
     kept, pairs, dropped = _tokenised(dataset, [0] * len(dataset), scorer, max_length)
     seen: set[Any] = set()
     keep = []

@@ -217,7 +217,7 @@ def shrink_users(
     names: list[str] = []
 
     def read(dataset: Dataset, name: str) -> tuple[_Pairs, list[str], int]:
-        check_preference_rows(dataset, user_column, name=name)
+        check_preference_rows(dataset, user_column, name=name, users=scorer.users)
         dataset = dataset.with_format(None)
         ids = scorer.users.names(dataset[user_column][:])
         if name == "training":
@@ -353,6 +353,9 @@ def shrink_users(
     if chosen != "trained":
         for user, row in enumerate(rows):
             passes.bank.write(row, ways[chosen](torch.tensor([user]))[0])
+        config = scorer.model.peft_config[scorer.model.active_adapter]
+        if config.trained_users is not None and max(rows) >= config.trained_users:
+            config.trained_users = None  # who came after the training has been fitted like all others
     if directory is not None:
         _save(scorer, directory, directory != path, chosen != "trained")
     result = ShrinkageResult(

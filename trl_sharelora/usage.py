@@ -260,7 +260,7 @@ def user_usage(
     if sample_comparisons < 1:
         raise ConfigError(f"sample_comparisons={sample_comparisons} came; at least 1 is needed.")
     scorer = Scorer(model, processing_class, batch_size)
-    check_preference_rows(dataset, user_column, name="usage")
+    check_preference_rows(dataset, user_column, name="usage", users=scorer.users)
     dataset = dataset.with_format(None)
     owners = np.array(scorer.users.find(dataset[user_column][:]))
     rng = np.random.default_rng(seed)

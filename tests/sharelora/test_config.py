@@ -39,6 +39,9 @@ from .reference import USERS, batch, share_model
         ({"lora_dropout": None}, "lora_dropout=None"),
         ({"share": "C"}, "share='C' is unknown; one of 'B', 'A', 'AB', 'diagonal', 'none' is needed"),
         ({"share": "b"}, "share='b' is unknown"),
+        ({"trained_users": -1}, "trained_users=-1; a number of rows, at least 0, or None is needed"),
+        ({"trained_users": True}, "trained_users=True"),
+        ({"trained_users": "8"}, "trained_users='8'"),
         ({"layers_pattern": "layers"}, "layers_pattern is set without layers_to_transform"),
     ],
 )
@@ -106,6 +109,7 @@ def test_round_trip(tmp_path):
         trainable_token_indices=[1, 2],
         task_type="SEQ_CLS",
         base_model_name_or_path="some/model",
+        trained_users=3,
     )
     save(tmp_path, **values)
     loaded = ShareLoraConfig.from_pretrained(str(tmp_path))
@@ -114,6 +118,13 @@ def test_round_trip(tmp_path):
         assert getattr(loaded, name) == expected, name
     assert loaded.users == UserRegistry(USERS) and loaded.num_users == 4
     assert loaded.peft_type == "SHARELORA"
+
+
+def test_a_config_saved_before_the_trained_users_were_counted_loads(tmp_path):
+    content = save(tmp_path)
+    assert content.pop("trained_users") is None
+    (tmp_path / "adapter_config.json").write_text(json.dumps(content))
+    assert ShareLoraConfig.from_pretrained(str(tmp_path)).trained_users is None
 
 
 def test_the_json_holds_no_user_id(tmp_path):

@@ -75,6 +75,9 @@ class ShareLoraConfig(PeftConfig):
             `users.json`.
         num_users (`int`, *optional*):
             Their number; follows from `users`, and is what `adapter_config.json` keeps.
+        trained_users (`int`, *optional*):
+            How many of the first rows are of the training. [`~trl_sharelora.add_users`] notes it when users come after it, and the trainers set
+            it back to None, which is all: those who were only fitted since are not what the next newcomer is expected to be like.
         bank (`str`, *optional*, defaults to `"auto"`):
             Where the users' own parameters live. `"resident"`: all users in memory as ordinary Parameters. `"ram"`,
             `"mmap"`: one record per user in memory or in files, and only the users of the steps at hand beside the base; the cost
@@ -146,6 +149,10 @@ class ShareLoraConfig(PeftConfig):
     )
     users: Any = field(default=None, metadata={"help": "The users in row order; the trainers fill it in."})
     num_users: int | None = field(default=None, metadata={"help": "Number of users; follows from `users`."})
+    trained_users: int | None = field(
+        default=None,
+        metadata={"help": "How many of the first rows are of the training; by default all. add_users notes it."},
+    )
     bank: Literal["auto", "resident", "ram", "mmap"] = field(
         default="auto",
         metadata={
@@ -224,6 +231,10 @@ class ShareLoraConfig(PeftConfig):
             raise ConfigError(
                 "bank_second_moment='row' came with share='none': a row of rank would share one second moment between A and B, whose gradients "
                 "are of different sizes. Use 'full'."
+            )
+        if self.trained_users is not None and (type(self.trained_users) is not int or self.trained_users < 0):
+            raise ConfigError(
+                f"trained_users={self.trained_users!r}; a number of rows, at least 0, or None is needed. Leave it out: add_users notes it."
             )
         if self.init_users not in USER_STARTS:
             raise ConfigError(

@@ -182,7 +182,7 @@ class ShareLoraDPOTrainer(PreferencePairsMixin, DPOTrainer):
                 raise UnsupportedError(
                     "reward=... came with a stream, whose pairs cannot be scored beforehand. Use a dataset with a length."
                 )
-            check_preference_rows(dataset, args.user_column, dataset_name)
+            check_preference_rows(dataset, args.user_column, dataset_name, self.users)
             dataset = self._with_margins(dataset, args.user_column, dataset_name)
         return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 

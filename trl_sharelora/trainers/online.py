@@ -216,7 +216,7 @@ class OnlinePolicyMixin(UserBatchesMixin):
         named = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
         for name, dataset in named.items():
             if isinstance(dataset, Dataset):
-                check_prompt_rows(dataset, args.user_column, name)
+                check_prompt_rows(dataset, args.user_column, name, self.users)
                 self._find(column_of(dataset, args.user_column), args.unseen, f"the {name} dataset")
         functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         return [self._checked(function, args.user_column, self.users.names) for function in functions], config
@@ -254,7 +254,7 @@ class OnlinePolicyMixin(UserBatchesMixin):
     def _rows_of(self, batch: Any) -> list[int]:
         for place, row in enumerate(batch):
             if self.args.user_column not in row:
-                check_prompt_row(row, place, self.args.user_column)
+                check_prompt_row(row, place, self.args.user_column, users=self.users)
         # training prompts are all of known users
         unseen = "raise" if self.model.training else self.args.unseen
         return self._find([row[self.args.user_column] for row in batch], unseen, "a generation batch")

@@ -85,7 +85,7 @@ class PreferencePairsMixin(UserBatchesMixin):
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
         if dataset is not self._train_rows:
-            check_preference_rows(dataset, column, dataset_name)
+            check_preference_rows(dataset, column, dataset_name, self.users)
         user_ids = column_of(dataset, column)
         user_index = self.users.find(user_ids)
         unseen = sorted(set(self.users.names(i for i, row in zip(user_ids, user_index, strict=True) if row < 0)))
@@ -279,7 +279,7 @@ class _StreamedUsers:
         self.first_row: dict[str, Any] | None = None  # the others must have its format
 
     def __call__(self, row: dict[str, Any], number: int) -> dict[str, Any]:
-        check_row(row, number, self.column, first_row=self.first_row, name=self.name)
+        check_row(row, number, self.column, first_row=self.first_row, name=self.name, users=self.users)
         self.first_row = self.first_row or row
         if self.grow:
             index = self.users.add([row[self.column]], where=f"the stream (row {number})")[0]

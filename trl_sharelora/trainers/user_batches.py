@@ -102,7 +102,7 @@ class UserBatchesMixin:
     # of the adapter: what PEFT must know to train and save what lies beside it
     _task_type: str
     # the kind of rows: how a data set, and one row of a stream, are checked before anything is trained on them
-    _check_rows: Callable[[Dataset, str, str], None]
+    _check_rows: Callable[[Dataset, str, str, UserRegistry | None], None]
     _check_row: Callable[..., None]
     _trains_critic = False
     # whether the next window's users are fetched while this one computes
@@ -211,7 +211,7 @@ class UserBatchesMixin:
                 self._check_row(row, 0, args.user_column)
                 users = UserRegistry([row[args.user_column]])
         elif isinstance(train_dataset, Dataset):
-            self._check_rows(train_dataset, args.user_column, "train")
+            self._check_rows(train_dataset, args.user_column, "train", users)
             known = 0 if users is None else len(users)
             users = UserRegistry() if users is None else users
             users.add(column_of(train_dataset, args.user_column), where=f"column {args.user_column!r}")
