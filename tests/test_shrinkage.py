@@ -306,13 +306,13 @@ def test_folds_share_no_text_or_prompt():
     assert _folds(train, none, many, none[:100]) == []
 
 
-@pytest.mark.parametrize("people", [USERS, [*USERS, "new"]])
+@pytest.mark.parametrize("people", [USERS, [*USERS, "new"], [*USERS, "new", "another"]])
 def test_newcomers_who_are_shrunk_with_the_others_are_of_the_training(people):
     model = linear_model()
-    add_users(model, ["new"])
+    add_users(model, ["new", "another"])
     train, held = (world(model, 3.0, n, seed, people) for n, seed in ((12, 1), (8, 2)))
     assert shrink_users(model, train, TOKENIZER, validation=held, steps=0).chosen == "shrunk"
-    assert model.peft_config["default"].trained_users == (None if "new" in people else len(USERS))
+    assert model.peft_config["default"].trained_users == (None if "another" in people else len(USERS))
 
 
 def test_users_who_are_alike_are_left_alike():

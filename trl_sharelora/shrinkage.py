@@ -354,8 +354,8 @@ def shrink_users(
         for user, row in enumerate(rows):
             passes.bank.write(row, ways[chosen](torch.tensor([user]))[0])
         config = scorer.model.peft_config[scorer.model.active_adapter]
-        if config.trained_users is not None and max(rows) >= config.trained_users:
-            config.trained_users = None  # who came after the training has been fitted like all others
+        if config.trained_users is not None and set(rows) >= set(range(config.trained_users, len(scorer.users))):
+            config.trained_users = None  # all who came after the training have been fitted like the others
     if directory is not None:
         _save(scorer, directory, directory != path, chosen != "trained")
     result = ShrinkageResult(
