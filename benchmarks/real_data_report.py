@@ -386,7 +386,7 @@ on both. The linear baselines stand on the same numbers: one ridge head, a ridge
 training comparisons chose, whoever judged: it knows texts by identity and nothing of new ones. All LoRA starts from the ridge head: `common LoRA` by TRL's RewardTrainer, ShareLoRA by
 ShareLoraRewardTrainer. `ShareLoRA B, shrunk` is the common LoRA with a row per user (`from_lora`) and then `shrink_users`, without a training of its own.
 
-{missing}Read it with this in mind. `common head + learned prior` is what `shrink_users` does, without any LoRA: the same EM beside the ridge head, on the 1,024 directions in which the same numbers are largest. It is shown
+{missing}Read it with this in mind. `common head + learned prior` is what `shrink_users` does, without any LoRA: the same EM beside the ridge head, on at most 1,024 of the directions in which the same numbers are largest. It is shown
 and does not count as a baseline, as it is ours. On this frozen base, whose upper layer is linear, most of the gain is that of the prior which all users teach; what the layer adds is that
 it works in any base and in all layers.
 
