@@ -30,7 +30,7 @@ from datasets import Dataset
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 
-from .data import check_preference_rows
+from .data import check_preference_rows, not_written
 from .errors import ConfigError, DataError, some_rows
 from .users import user_id_as_text
 
@@ -469,9 +469,7 @@ class Split:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
         except OSError as error:
-            raise DataError(
-                f"The split cannot be written to {str(path)!r}: {type(error).__name__}: {error}. A folder that may be written into is needed."
-            ) from error
+            raise not_written(path, error) from error
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Split":
