@@ -2,6 +2,7 @@
 
     python benchmarks/real_data.py --quick     # the .small files, two seeds, few settings; pictures beside the figures
     python benchmarks/real_data.py             # every file, 5 seeds, and docs/results.md with its pictures; hours, resumable
+    python benchmarks/real_data.py --reuse docs/results_figures.jsonl.gz    # the page again from the figures it stands on; what is not there is measured
 
 The files are not part of this repository; where `--data-dir` does not hold them this script says so and ends with status 2.
 
@@ -224,6 +225,10 @@ class Known:
 
     def __init__(self, file: File, parts: dict[str, Rows], seed: int, settings: dict[str, dict]):
         self.file, self.parts, self.seed, self.settings = file, parts, seed, dict(settings)
+        self.shrunk: tuple[Any, Any] = (
+            None,
+            None,
+        )  # the model of SHRUNK and what shrink_users said of it, once it has run
 
     @functools.cached_property
     def common(self) -> torch.Tensor:
@@ -256,8 +261,11 @@ class Known:
         model = base_of(file, settings, self.settings, train, self.seed, self.common)
         if method == SHRUNK:
             result = file.trained.shrink(model, train, self.parts["validation"], settings)
+            self.shrunk = model, result
             print(f"      {result}".replace("\n", "\n      "), flush=True)
-            settings.update(scale=result.scale, steps=result.steps, mean=result.mean)
+            settings.update(
+                scale=result.scale, steps=result.steps, mean=result.mean, text_effects=result.text_effects or False
+            )
         return file.trained.margins(model)
 
     def least_training(self, tried: list[tuple]) -> int:
@@ -333,9 +341,7 @@ def newcomers(file: File, seed: int, settings: dict[str, dict]) -> dict[str, Any
     pooled = file.trained.margins(
         file.trained.train(settings["common LoRA"], train, seed, common.float() @ file.directions)
     )
-    model = base_of(file, settings[SHRUNK], settings, train, seed, common)
-    result = file.trained.shrink(model, train, known["validation"], settings[SHRUNK])
-    print(f"      {result}".replace("\n", "\n      "), flush=True)
+    model, result = chosen.shrunk
     add_users(model, [file.users[user] for user in new])
     found: dict[str, dict[int, dict]] = {}
 
@@ -393,6 +399,25 @@ def runs(args: argparse.Namespace, names: tuple[str, ...]) -> Iterator[tuple[str
                 yield name, view, seed, args.output_dir / f"{name}-{view}-{seed}.json"
 
 
+def pack(figures: Path, archive: Path) -> None:
+    """All figures, one line each, so that the page can be made again and gone on with elsewhere."""
+    lines = [
+        json.dumps({"name": path.name} | json.loads(path.read_text()))
+        for path in sorted(figures.glob("*-[0-9]*.json"))
+    ]
+    archive.write_bytes(gzip.compress(("\n".join(lines) + "\n").encode(), mtime=0))
+
+
+def unpack(archive: Path, figures: Path) -> None:
+    """The figures of an archive, where there are none yet."""
+    with gzip.open(archive, "rt", encoding="utf-8") as file:
+        for line in file:
+            one = json.loads(line)
+            path = figures / Path(one.pop("name")).name
+            if not path.is_file():
+                path.write_text(json.dumps(one) + "\n", encoding="utf-8")
+
+
 def main() -> int:
     here = Path(__file__).resolve().parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -409,6 +434,9 @@ def main() -> int:
         "--results",
         type=Path,
         help="the page that is written; by default docs/results.md, with --quick in --output-dir",
+    )
+    parser.add_argument(
+        "--reuse", type=Path, metavar="FILE", help="figures to begin with, as a run leaves them beside its page"
     )
     parser.add_argument("--no-report", action="store_true", help="measure only")
     args = parser.parse_args()
@@ -435,6 +463,8 @@ def main() -> int:
     for logger in ("trl", "trl_sharelora"):
         logging.getLogger(logger).setLevel(logging.ERROR)
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    if args.reuse:
+        unpack(args.reuse, args.output_dir)
     file: File | None = None
     for name, view, seed, path in runs(args, names):
         result: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
@@ -469,6 +499,7 @@ def main() -> int:
     if not args.no_report:
         page = args.results or (args.output_dir / "results.md" if args.quick else here.parent / "docs" / "results.md")
         real_data_report.write(args.output_dir, page, args.data_dir)
+        pack(args.output_dir, page.with_name(f"{page.stem}_figures.jsonl.gz"))
         print(f"Written: {page}")
     return 0
 

@@ -350,6 +350,6 @@ class Trained:
             self.dataset(rows),
             self.tokenizer,
             validation=self.dataset(validation.of(known)),
-            **{name: settings.get(name) for name in ("scale", "steps", "mean")},
+            **{name: settings.get(name) for name in ("scale", "steps", "mean", "text_effects")},
             batch_size=512,
         )

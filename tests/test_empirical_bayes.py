@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import integrate, optimize, special, stats
 
-from trl_sharelora.empirical_bayes import Comparisons, Prior, learn_prior
+from trl_sharelora.empirical_bayes import Comparisons, Prior, learn_prior, mean_beside_texts
 from trl_sharelora.errors import ConfigError, NonFiniteError
 
 
@@ -151,6 +151,59 @@ def test_the_mean_of_users_is_fitted():
     assert torch.equal(last.users[200], last.prior.mean)  # who has no comparison is the mean
     *_, without = learn_prior(comparisons(x, offset, user, 201), tau=0.5, steps=6, mean=False)
     assert not without.prior.mean.any()
+
+
+def of_texts(n_texts, n, k, whims, seed=0):
+    """Comparisons of texts that are liked for what features tell of them and, with standard deviation `whims`, for reasons of their own."""
+    draw = np.random.default_rng(seed)
+    features, mean = draw.standard_normal((n_texts, k)), draw.standard_normal(k) / np.sqrt(k)
+    liked = features @ mean + whims * draw.standard_normal(n_texts)
+    one, other = np.array([draw.choice(n_texts, 2, replace=False) for _ in range(n)]).T
+    better = draw.random(n) < special.expit(liked[one] - liked[other])
+    chosen, rejected = (torch.tensor(np.where(better, *pair)) for pair in ((one, other), (other, one)))
+    return torch.tensor(features, dtype=torch.float32), chosen, rejected, mean
+
+
+def test_the_mean_beside_texts_is_the_mode_by_scipy():
+    features, chosen, rejected, _ = of_texts(9, 120, 4, 1.0)
+    features = torch.cat([features, features[:1]])  # and a text that nobody was asked about
+    offsets = torch.tensor(np.random.default_rng(1).standard_normal(120))
+    mean, effects = mean_beside_texts(features, offsets, chosen, rejected, tau=0.7, scale=1.3)
+    differences = (features[chosen] - features[rejected]).double().numpy()
+
+    def loss(point):
+        margins = offsets.numpy() + differences @ point[:4] + point[4:][chosen] - point[4:][rejected]
+        return (
+            -special.log_expit(margins).sum()
+            + (point[:4] ** 2).sum() / 2 / 0.7**2
+            + (point[4:] ** 2).sum() / 2 / 1.3**2
+        )
+
+    found = optimize.minimize(loss, np.zeros(14), method="BFGS", options={"gtol": 1e-9})
+    np.testing.assert_allclose(mean, found.x[:4], atol=1e-4)
+    np.testing.assert_allclose(effects, found.x[4:], atol=1e-4)
+    assert effects[9] == 0
+    again = mean_beside_texts(features + 5, offsets, chosen, rejected, tau=0.7, scale=1.3)
+    np.testing.assert_allclose(again.mean, mean, atol=1e-4)  # only differences of texts count
+
+
+def test_beside_texts_the_mean_is_a_better_guide_to_new_ones():
+    gains = []
+    for seed in range(5):
+        features, chosen, rejected, truth = of_texts(60, 6000, 30, 1.5, seed)
+        nothing, new = torch.zeros(6000).double(), np.random.default_rng(99).standard_normal((2000, 30))
+        by_heart = mean_beside_texts(features, nothing, chosen, rejected, tau=0.3, scale=1e-3).mean.numpy()
+        beside = mean_beside_texts(features, nothing, chosen, rejected, tau=0.3, scale=1.5).mean.numpy()
+        right = [np.corrcoef(new @ one, new @ truth)[0, 1] for one in (by_heart, beside)]
+        gains.append(right[1] - right[0])
+    assert np.mean(gains) > 0.1 and min(gains) > 0
+
+
+@pytest.mark.parametrize("arguments", [{"tau": 0.0}, {"tau": float("nan")}, {"scale": -1.0}, {"scale": float("inf")}])
+def test_a_mean_beside_texts_needs_standard_deviations(arguments):
+    features, chosen, rejected, _ = of_texts(5, 20, 2, 1.0)
+    with pytest.raises(ConfigError, match="a finite standard deviation above 0"):
+        mean_beside_texts(features, torch.zeros(20), chosen, rejected, **{"tau": 1.0, "scale": 1.0, **arguments})
 
 
 def test_bad_input():

@@ -26,12 +26,12 @@ from trl_sharelora import (
 )
 from trl_sharelora.cli import main
 from trl_sharelora.confidence import fit_confidence
-from trl_sharelora.empirical_bayes import Prior
+from trl_sharelora.empirical_bayes import Prior, mean_beside_texts
 from trl_sharelora.errors import ConfigError, DataError, NonFiniteError, UnknownUserError
 from trl_sharelora.new_users import UserSpread, _Pairs, _UserMoves
 from trl_sharelora.scoring import load_reward_model
 from trl_sharelora.sharelora.routing import get_router
-from trl_sharelora.shrinkage import _drawn, _folds
+from trl_sharelora.shrinkage import _drawn, _folds, _new_texts, _Solution
 
 
 TOKENIZER = tiny_tokenizer()
@@ -45,9 +45,9 @@ class LinearReward(PreTrainedModel):
 
     def __init__(self, config, features):
         super().__init__(config)
-        self.features = features
-        self.projection = nn.Linear(SIZE, SIZE, bias=False)
-        self.classifier = nn.Linear(SIZE, 1, bias=False)
+        self.features, size = features, features.shape[1]
+        self.projection = nn.Linear(size, size, bias=False)
+        self.classifier = nn.Linear(size, 1, bias=False)
         nn.init.eye_(self.projection.weight)
         nn.init.normal_(self.classifier.weight, std=0.3)
 
@@ -55,9 +55,9 @@ class LinearReward(PreTrainedModel):
         return SequenceClassifierOutput(logits=self.classifier(self.projection(self.features[input_ids[:, 0]])))
 
 
-def linear_model(seed=0, bank="resident"):
+def linear_model(seed=0, bank="resident", size=SIZE):
     torch.manual_seed(seed)
-    features = torch.randn(TEXTS, SIZE)
+    features = torch.randn(TEXTS, size)
     base = LinearReward(BertConfig(hidden_size=SIZE, num_labels=1), features)
     config = ShareLoraConfig(
         r=2, target_modules=["projection"], users=USERS, init_lora_weights=False, bank=bank, task_type="SEQ_CLS"
@@ -301,9 +301,117 @@ def test_folds_share_no_text_or_prompt():
         kept = [{prompts[place] for place in some.nonzero().flatten().tolist()} for some in (fitted, left_out)]
         assert not kept[0] & kept[1]
     # known texts, or many new ones: validation is asked alone
-    assert _folds(train, none, train, none) == []
+    assert _new_texts(train, held) and not _new_texts(train, train)
     many = pairs([(1000 + 2 * number, 1001 + 2 * number) for number in range(100)])
     assert _folds(train, none, many, none[:100]) == []
+
+
+def test_at_the_common_model_each_text_is_looked_at_once():
+    """Margins and gradients from each text alone are those of the comparisons; where texts are more than comparisons these are looked at."""
+    model = linear_model()
+    scorer = shrinkage._open(model, TOKENIZER, 64, {})[0]
+    passes = shrinkage._Passes(scorer)
+    for n, once in ((20, True), (1, False)):
+        rows = world(model, 3.0, n)
+        pairs = shrinkage._tokenised(rows, scorer.users.index(rows["user_id"]), scorer, None)[1]
+        margins, features, texts = shrinkage._linearised(passes, pairs, None)
+        alike = _Pairs(pairs.chosen, pairs.rejected, torch.zeros_like(pairs.user))
+        expected = passes.linearise(alike, torch.zeros(1, passes.bank.entries), None)
+        torch.testing.assert_close(margins, expected[0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(features, expected[1].float(), atol=1e-5, rtol=1e-4)
+        assert (texts is not None) == once
+    pairs.chosen, pairs.rejected = [[1]] * 30, [[2]] * 30
+    _, features, texts = shrinkage._linearised(passes, pairs, None)
+    assert len(texts.features) == 2 and torch.equal(
+        texts.features[texts.chosen] - texts.features[texts.rejected], features
+    )
+
+
+def by_heart(seed=0, n=60):
+    """A model whose head has learned by heart how much sixty texts are liked, some of which no feature tells; comparisons of these, of 16 and of 44 other texts."""
+    model = linear_model(size=40)
+    base, draw = model.get_base_model(), np.random.default_rng(seed)
+    features = base.features.double().numpy()
+    liked = features @ draw.standard_normal(40) * 0.2 + 1.5 * draw.standard_normal(TEXTS)
+    tastes = np.random.default_rng(7).standard_normal(len(USERS))
+
+    def rows(texts, each):
+        found = []
+        for user_id, taste in zip(USERS, tastes, strict=True):
+            for _ in range(each):
+                one, other = (int(text) for text in draw.choice(texts, 2, replace=False))
+                margin = liked[one] - liked[other] + taste * (features[one, 0] - features[other, 0])
+                if draw.random() > special.expit(margin):
+                    one, other = other, one
+                found.append({"user_id": user_id, "chosen_ids": [one], "rejected_ids": [other]})
+        return Dataset.from_list(found)
+
+    train, held, test = rows(range(60), n), rows(range(60, 76), 10), rows(range(76, TEXTS), 60)
+    chosen, rejected = (torch.tensor([ids[0] for ids in train[f"{side}_ids"]]) for side in ("chosen", "rejected"))
+    nothing = torch.zeros(len(train), dtype=torch.float64)
+    head = mean_beside_texts(base.features, nothing, chosen, rejected, tau=1.0, scale=1e-3).mean
+    base.classifier.weight.data = head[None].clone()
+    return model, train, held, test
+
+
+def test_where_texts_are_new_what_was_learned_by_heart_is_fitted_anew(caplog):
+    gains = []
+    for seed in range(3):
+        model, train, held, test = by_heart(seed)
+        result = shrink_users(model, train, TOKENIZER, validation=held)
+        assert result.chosen == "shrunk" and result.mean and result.text_effects == 1.0
+        assert "beside texts' own effects of 1" in str(result)
+        assert set(result.candidates["text_effects"]) == {1.0} and 8.0 in set(result.candidates["scale"])
+        as_it_was = by_heart(seed)[0]
+        other = shrink_users(as_it_was, train, TOKENIZER, validation=held, text_effects=False)
+        assert other.text_effects is None and other.candidates["text_effects"].isna().all()
+        gains.append(accuracy(model, test) - accuracy(as_it_was, test))
+        # newcomers begin at the mean that was fitted
+        add_users(model, ["eve"])
+        assert not torch.equal(result.spread.mean, torch.zeros_like(result.spread.mean))
+    assert np.mean(gains) > 0.02
+    # known texts, or texts that were hardly compared twice: as it came
+    for rows, held_out in ((train, train.select(range(0, 900, 3))), (train.select(range(0, len(train), 20)), held)):
+        assert (
+            shrink_users(by_heart()[0], rows, TOKENIZER, validation=held_out, steps=0, scale=1.0).text_effects is None
+        )
+    with pytest.raises(ConfigError, match="there must be fewer texts than comparisons"):
+        shrink_users(
+            by_heart()[0], train.select(range(0, len(train), 40)), TOKENIZER, validation=held, text_effects=1.0
+        )
+
+
+def test_where_many_texts_are_new_they_say_whether_the_common_part_stays(monkeypatch):
+    """A head that knows the truth is better than one fitted to sixty texts; twenty held-out texts would not be asked."""
+    model, train, held, test = by_heart()
+    base = model.get_base_model()
+    base.classifier.weight.data = torch.tensor(np.random.default_rng(0).standard_normal(40) * 0.2).float()[None]
+    monkeypatch.setattr(shrinkage, "FEW_TEXTS", 10)
+    assert shrink_users(model, train, TOKENIZER, validation=held).text_effects is None
+    assert accuracy(model, test) > 0.6
+
+
+def test_where_texts_are_new_what_is_as_good_is_averaged(monkeypatch):
+    """Rows are the mean of those of three candidates, each written by itself; the prior for newcomers is of the mean covariance."""
+    three = [(1.0, 0), (1.0, 2), (4.0, 1)]
+    monkeypatch.setattr(
+        shrinkage._Search,
+        "as_good",
+        lambda self, errors: [one for one in self.found if (one.scale, one.number) in three],
+    )
+    model, train, held, _ = by_heart(n=30)
+    result = shrink_users(model, train, TOKENIZER, validation=held)
+    assert result.averaged == 3 and result.chosen == "shrunk" and "averaged with 2 others as good" in str(result)
+    rows, covariances = [], []
+    for scale, steps in three:
+        alone = by_heart(n=30)[0]
+        found = shrink_users(alone, train, TOKENIZER, validation=held, scale=scale, steps=steps, text_effects=1.0)
+        assert found.chosen == "shrunk"
+        rows.append(_UserMoves(alone).read(range(30)))
+        covariances.append((found.spread.directions.T * found.spread.scales.square()) @ found.spread.directions)
+    torch.testing.assert_close(_UserMoves(model).read(range(30)), torch.stack(rows).mean(0), atol=1e-4, rtol=1e-3)
+    covariance = (result.spread.directions.T * result.spread.scales.square()) @ result.spread.directions
+    torch.testing.assert_close(covariance, torch.stack(covariances).mean(0), atol=1e-3, rtol=1e-2)
 
 
 @pytest.mark.parametrize("people", [USERS, [*USERS, "new"], [*USERS, "new", "another"]])
@@ -502,9 +610,17 @@ def test_where_the_model_is_not_linear_each_user_ends_at_the_mode_of_the_real_on
     passes = shrinkage._Passes(scorer)
     pairs = shrinkage._tokenised(train, scorer.users.index(train["user_id"]), scorer, None)[1]
     basis, prior = torch.eye(12), Prior(torch.zeros(12), 0.3 * torch.eye(12))
-    own = torch.zeros(30, 12)
+    beside = torch.zeros(len(pairs.user), dtype=torch.float64)
+    solution = _Solution(torch.zeros(30, 12), [prior])
     for _ in range(12):
-        own = shrinkage._again(passes, pairs, own, basis, prior)
+        solution = shrinkage._again(passes, pairs, solution, basis, beside)
+    own = solution.users
+    # under two priors it is the mean of two modes; what stands beside is in the margins and of no user's part
+    other = Prior(torch.zeros(12), 0.1 * torch.eye(12))
+    of_two, of_other = (shrinkage._again(passes, pairs, solution._replace(priors=priors), basis, beside) for priors in ([prior, other], [other]))  # fmt: skip
+    of_one = shrinkage._again(passes, pairs, solution, basis, beside)
+    torch.testing.assert_close(of_two.users, (of_one.users + of_other.users) / 2, atol=1e-5, rtol=1e-4)
+    assert float(shrinkage._again(passes, pairs, solution, basis, beside + 50).users.norm()) < 1e-3
     mine = pairs.of(pairs.user == 4)
     mine.user = torch.zeros_like(mine.user)
 
@@ -564,6 +680,9 @@ def test_bad_input():
     for arguments, error, message in (
         ({"scale": 0.0}, ConfigError, "scale=0.0"),
         ({"steps": -1}, ConfigError, "steps=-1"),
+        ({"text_effects": 0}, ConfigError, "text_effects=0 came; a finite standard deviation"),
+        ({"text_effects": True}, ConfigError, "text_effects=True came"),
+        ({"text_effects": 1.0, "mean": False}, ConfigError, "mean=False and text_effects=1.0"),
         ({"validation": world(model, 1.0, 2, users=["nobody"])}, UnknownUserError, "nobody"),
     ):
         with pytest.raises(error, match=message):

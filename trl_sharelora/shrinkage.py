@@ -9,6 +9,7 @@ last layer), an approximation elsewhere. There the users' parts are solved for a
 model on held-out comparisons, and stays only if it is better there by more than its standard error (held_out.py).
 """
 
+import functools
 import json
 import logging
 import math
@@ -28,7 +29,7 @@ from transformers import AutoTokenizer
 
 from .confidence import CONFIDENCE_FOLDER, _open
 from .data import check_preference_rows
-from .empirical_bayes import Comparisons, Prior, Step, learn_prior
+from .empirical_bayes import Comparisons, Prior, Step, learn_prior, mean_beside_texts
 from .errors import ConfigError, DataError, NonFiniteError
 from .held_out import HeldOut
 from .new_users import MOST_NUMBERS, UserSpread, _gram, _Pairs, _Passes, _tokenised
@@ -41,6 +42,8 @@ logger = logging.getLogger(__name__)
 # Standard deviations of a margin before the first answer, in log-odds, from "hardly any difference" to "everybody his own". The best were .25 on
 # MT-bench's judges, who agree, 1 on UKPConvArg's and 4 on Polis' voters, who do not (docs/log.md). EM moves them where that is wrong.
 SCALES = (0.25, 1.0, 4.0)
+# Beside texts' own effects this is tried too: EM from far out goes more slowly past the states that hold for new texts.
+MORE_SCALES = (8.0,)
 # At most; on held-out comparisons the best were 3 to 6 (UKPConvArg) and 8 to 16 (Polis, where the last 8 add .2 points). So many steps without a gain end a scale.
 STEPS, PATIENCE = 12, 2
 # Directions of the gradients that are kept, the first number that holds ENOUGH of them; comparisons that they are found from. On Polis 64, 128, 256 and 512 gave
@@ -53,9 +56,15 @@ FACTORS = (1.0, 0.5, 0.25, 0.125)
 # Times the model is linearised anew at the users' moves at most, each while held-out comparisons gain: on the demo's small Llama from 81.9 % to 82.7 % (trained:
 # 80.9 %). Not where its margins are the linear ones but for LINEAR of them.
 ROUNDS, LINEAR = 3, 1e-3
+# Where texts are new all candidates that the best one does not beat by its standard error are averaged: there it is chance which one is best, and their mean varies half as
+# much over the texts that are held out (docs/log.md).
+AS_GOOD = 1.0
 # Where of the validation's texts (or prompts) so many are new and fewer than so many, folds of the training's are asked too: what thirty statements of Polis chose lost as
 # often as it gained on others (docs/log.md).
 NEW, FEW_TEXTS, FOLDS = 0.9, 200, 5
+# Where texts are new and those of the training are compared this often on average, at most so many of them: the users' mean is fitted beside an effect of each text's own
+# with this standard deviation, in log-odds. On folds of Polis' statements .5, 1 and 2 were alike, and the common part gained .7 to 1.3 points by it (docs/log.md).
+TEXT_EFFECTS, OFTEN, MOST_TEXTS = 1.0, 4, 4096
 SEARCHED = 20_000  # comparisons, of as many users, that some fifty candidates are compared on; more move the choice little and cost in proportion
 CAPTURED = 0.8  # of the squared gradients; below it there is a warning
 NO_VALIDATION = "No usable validation comparison is of a user with training comparisons. Nothing has been changed."
@@ -76,14 +85,18 @@ class ShrinkageResult:
             `state` (`common`, `trained`, `shrunk`), `accuracy` (mean over users) and `log_likelihood` (of a comparison, mean over users, at each
             state's best factor of the margins) on held-out comparisons.
         candidates (`pandas.DataFrame`):
-            `scale`, `steps`, `mean`, `accuracy`, `log_likelihood`, `evidence` of everything tried, by the linearised model, on the users drawn for it
-            (all up to 20,000 comparisons) and on the folds too where there are some.
+            `scale`, `steps`, `mean`, `text_effects`, `accuracy`, `log_likelihood`, `evidence` of everything tried, by the linearised model, on the users
+            drawn for it (all up to 20,000 comparisons) and on the folds too where there are some.
         spread ([`~trl_sharelora.new_users.UserSpread`]):
             How users differ: the prior for newcomers, `fit_users(..., spread=result.spread)`.
         captured (`float`):
             Share of the squared length of gradients in the directions that were looked at, on comparisons they were not found from.
         n (`int`), n_users (`int`), dropped (`int`), held_out (`int`):
             Comparisons and users fitted, comparisons left out because they are too long or cannot be tokenised, comparisons held out to choose.
+        text_effects (`float`, *optional*):
+            Standard deviation, in log-odds, of the effect of each text's own that the mean was fitted beside; None where there was none.
+        averaged (`int`):
+            Of how many of the candidates the shrunk are the mean: where texts are new, of all that `scale` and `steps` do not beat by a standard error.
         factor (`float`):
             Share of the moves under the first linearisation that was kept, below 1 where the model is far from linear in them.
         rounds (`int`):
@@ -102,6 +115,8 @@ class ShrinkageResult:
     n_users: int
     dropped: int
     held_out: int
+    text_effects: float | None = None
+    averaged: int = 1
     factor: float = 1.0
     rounds: int = 0
 
@@ -112,6 +127,8 @@ class ShrinkageResult:
             + (f", {self.dropped} dropped" if self.dropped else "")
             + "; on "
             f"{self.held_out} held out:\n{shown}\nin the model now: {self.chosen} (of the shrunk: scale {self.scale:g}, {self.steps} steps, mean {'fitted' if self.mean else 'as it was'}"
+            + (f" beside texts' own effects of {self.text_effects:g}" if self.text_effects else "")
+            + (f", averaged with {self.averaged - 1} others as good" if self.averaged > 1 else "")
             + (f", {self.factor:g} of the moves, for the model is not linear in them" if self.factor < 1 else "")
             + (f", linearised anew {self.rounds} times" if self.rounds else "")
             + "; "
@@ -128,6 +145,7 @@ def shrink_users(
     scale: float | None = None,
     steps: int | None = None,
     mean: bool | None = None,
+    text_effects: float | bool | None = None,
     user_column: str = "user_id",
     batch_size: int = 64,
     max_length: int | None = None,
@@ -154,14 +172,20 @@ def shrink_users(
             state it came in looks better than it is and is not chosen. Where a user's comparisons share texts, only comparisons of other
             texts can tell, so give them. Validation of new texts asks whether tastes carry over to texts nobody has judged; where there are fewer than 200 of these (or
             of prompts, if these are new) five folds of the training's texts (prompts) are asked the like, in the linearised model, for the choice and for whether
-            anything is changed; there the common model is the one trained on all of them. A prompt inside the texts is not seen as one.
+            anything is changed. There the common model is the one trained on all of them, unless its part is fitted anew (`text_effects`). A prompt inside the texts
+            is not seen as one.
         scale (`float`, *optional*):
             Standard deviation of a comparison's margin between users at the start, in log-odds; by default of .25, 1 and 4 the one that does best.
         steps (`int`, *optional*):
             EM steps; by default of 0 to 12 the number that does best. 0 is a ridge of the same strength for all users and directions.
         mean (`bool`, *optional*):
             Whether the users' common mean is fitted anew beside their differences; by default what does better at the best scale. (Where texts are new it costs up to two
-            points, where they are those of the training it gains as much.)
+            points without `text_effects`, where they are those of the training it gains as much.)
+        text_effects (`float` or `bool`, *optional*):
+            Fit the mean anew, from nothing, beside an effect of each text's own with this standard deviation, in log-odds
+            ([`~trl_sharelora.empirical_bayes.mean_beside_texts`]): what the common model says of texts that were compared often is then not learned by heart. By default 1
+            where validation is of new texts, those of the training (4,096 at most) stand in four comparisons each on average, and neither `mean` nor
+            this is given. `False`: never.
         user_column (`str`, *optional*, defaults to `"user_id"`):
             The column that names the user.
         batch_size (`int`, *optional*, defaults to 64):
@@ -176,7 +200,7 @@ def shrink_users(
     Raises:
         DataError: there are no usable comparisons of at least two users, or a row is not one.
         UnknownUserError: a user is not in the model; see [`~trl_sharelora.new_users.fit_users`] for newcomers.
-        ConfigError: `scale` or `steps` is out of range, or a plain LoRA came without an `output_dir` of its own or without a tokenizer.
+        ConfigError: `scale`, `steps` or `text_effects` is out of range, or `text_effects` cannot be had (`mean=False`, too many texts); or a plain LoRA came without an `output_dir` of its own or without a tokenizer.
         MethodError: a plain LoRA cannot be copied exactly; see [`~trl_sharelora.from_lora`].
         NonFiniteError: a reward or gradient is NaN or infinite. In all cases nothing has been changed.
 
@@ -194,6 +218,16 @@ def shrink_users(
         raise ConfigError(f"scale={scale!r} came; a finite standard deviation above 0, in log-odds, is needed.")
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 0):
         raise ConfigError(f"steps={steps!r} came; a whole number of at least 0 is needed.")
+    if text_effects is not None and text_effects is not False:
+        number = isinstance(text_effects, (int, float)) and not isinstance(text_effects, bool)
+        if not number or not (text_effects > 0 and math.isfinite(text_effects)):
+            raise ConfigError(
+                f"text_effects={text_effects!r} came; a finite standard deviation above 0, in log-odds, False or None is needed."
+            )
+        if mean is False:
+            raise ConfigError(
+                f"mean=False and text_effects={text_effects!r} came; beside texts' own effects the mean is fitted anew. Leave one of them out."
+            )
     if isinstance(model_or_path, str | os.PathLike) and _is_lora(model_or_path):
         if output_dir is None or Path(output_dir).resolve() == Path(model_or_path).resolve():
             raise ConfigError(
@@ -248,9 +282,10 @@ def shrink_users(
             raise DataError(NO_VALIDATION)
         dropped += more_dropped
     basis, captured = _directions(passes, pairs)
-    margins, features = _linearised(passes, pairs, basis)
+    margins, features, texts = _linearised(passes, pairs, basis)
+    training = _Training(margins, features, pairs.user, users, texts)
     if own_validation:
-        held_margins, held_features = _linearised(passes, held, basis)
+        held_margins, held_features, _ = _linearised(passes, held, basis)
         fitted_on = torch.ones(len(margins), dtype=torch.bool)
     else:
         fitted_on = _kept_for_the_fit(pairs.user)
@@ -260,53 +295,65 @@ def shrink_users(
             raise DataError(
                 f"No user has {EVERY} comparisons, so none can be held out to choose by; give validation=. Nothing has been changed."
             )
-
-    size = float(features.square().sum(1).mean().sqrt())
-    if not size:
+    if not training.size:
         raise DataError(
             "No comparison depends on the users' own parts (B is zero, or the texts are all alike), so there is nothing to shrink. Was the model trained? "
             "Nothing has been changed."
         )
-    fit = Comparisons(features[fitted_on], margins[fitted_on], pairs.user[fitted_on], users)
     judge = _judge(held, held_prompts)
-    folds = _folds(pairs, prompts, held, held_prompts) if own_validation else []
+    new_texts = own_validation and _new_texts(pairs, held)
+    folds = _folds(pairs, prompts, held, held_prompts) if new_texts else []
     if folds:
         logger.info(
             "The validation comparisons are of new texts, and few of these; scale and steps are chosen on %d folds of the training's texts too.",
             len(folds),
         )
     # candidates are compared on some of the users where there are many; what is chosen is fitted to all
-    drawn = _drawn(fit.user, held.user, users)
+    drawn = _drawn(pairs.user[fitted_on], held.user, users)
     in_sample, held_in_sample = drawn[pairs.user], drawn[held.user]
-    everybody = bool(in_sample.all() and held_in_sample.all())
-
-    def part(fitted: torch.Tensor, user: torch.Tensor, margins_: torch.Tensor, features_: torch.Tensor) -> _Part:
-        fitted = fitted & in_sample
-        return _Part(
-            Comparisons(features[fitted], margins[fitted], pairs.user[fitted], users), user, margins_, features_
-        )
-
-    parts = [part(fitted_on, held.user[held_in_sample], held_margins[held_in_sample], held_features[held_in_sample])]
     folds = [(fitted, out & in_sample) for fitted, out in folds if bool((fitted & in_sample).any())]
-    parts += [part(fitted, pairs.user[out], margins[out], features[out]) for fitted, out in folds]
+    everybody, n_held = bool(in_sample.all() and held_in_sample.all()), int(held_in_sample.sum())
+    parts = [
+        _Part(
+            fitted_on & in_sample,
+            held.user[held_in_sample],
+            held_margins[held_in_sample],
+            held_features[held_in_sample],
+        )
+    ]
+    parts += [_Part(fitted & in_sample, pairs.user[out], margins[out], features[out]) for fitted, out in folds]
     of_folds = torch.cat([torch.empty(0, dtype=torch.long), *(out.nonzero().flatten() for _, out in folds)])
     of_sample = _judge(held.of(held_in_sample), _where(held_in_sample, held_prompts), pairs, prompts, of_folds)
-    search = _Search(parts, of_sample, size)
-    for one in SCALES if scale is None else (scale,):
-        search.climb(one, mean is not False, steps)
-    if mean is None and search.best is not None:
+    effect = training.text_effects(text_effects, new_texts and mean is None)
+    scales = (*SCALES, *(MORE_SCALES if effect else ())) if scale is None else (scale,)
+    search = _Search(training, parts, of_sample, effect)
+    for one in scales:
+        search.climb(one, mean is not False and effect is None, steps)
+    if mean is None and search.best is not None and effect is None:
         search.climb(search.best.scale, False, steps)
     best = search.best
-    if best is None:
+    if best is None or search.step is None:
         raise NonFiniteError(
             "The evidence is no number at any scale: margins or gradients are too large for it. Has the training diverged? Nothing has been changed."
         )
-    scale, mean, step = best.scale, best.mean, best.step
-    if not everybody:
-        step = next(iter(deque(_steps(fit, scale / size, step.number, mean), maxlen=1)), step)
+    scale, mean = best.scale, best.mean
+    some = search.as_good(AS_GOOD) if new_texts else [best]
+    along = torch.stack([one.along for one in some]).mean(0)
+    if effect is not None and text_effects is None and not folds:
+        # is it better than the common part as it came? Few texts cannot tell, nor folds: that was trained on their texts
+        as_it_came = _solved(training.fitted(parts[0].fitted, None)[0], training.size, some)
+        if as_it_came is not None:
+            states = parts[0].with_moves(as_it_came.users), search.margins + along
+            came, anew = (of_sample.mean(of_sample.judged(margins_).log_likelihood) for margins_ in states)
+            effect = None if came > anew else effect
+    fit, common = training.fitted(fitted_on, effect)
+    solution = _Solution(search.step.users, [search.step.prior])
+    if not everybody or len(some) > 1 or effect != search.effect:
+        solution = _solved(fit, training.size, some) or solution
+    solution = solution.beside(common.moved)
 
     rows = scorer.users.index(names)
-    own, prior = step.users, step.prior
+    own = solution.users
     ways: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "common": lambda some: basis.new_zeros(len(some), passes.bank.entries),
         "trained": lambda some: passes.bank.read([rows[user] for user in some.tolist()]),
@@ -317,9 +364,12 @@ def shrink_users(
         for state in ("common", "trained")
         if state != "trained" or own_validation
     }
-    along = (held_features * step.users[held.user]).sum(1).double()
-    moves = _settled(passes, pairs.of(fitted_on), held, judge, basis, step, along, found["common"])
-    own, prior, found["shrunk"] = moves.own, moves.prior, moves.margins
+    promised = (held_features * own[held.user]).sum(1).double()
+    moves = _settled(
+        passes, pairs.of(fitted_on), held, judge, basis, solution, promised, found["common"], common.beside
+    )
+    solution, found["shrunk"] = moves.solution, moves.margins
+    own = solution.users
     judged = {state: judge.judged(margins) for state, margins in found.items()}
     table = pd.DataFrame(
         {
@@ -332,10 +382,9 @@ def shrink_users(
     if folds:  # is it better than the common model there too, linearised? What it came with has been trained on them, so validation judges that alone
         before = max(("common", "trained"), key=lambda state: judge.mean(judged[state].log_likelihood))
         pooled = _judge(held, held_prompts, pairs, prompts, of_folds)
-        more = moves.factor * best.along[int(held_in_sample.sum()) :]
         with_folds = {
-            state: pooled.judged(torch.cat([found[state], margins[of_folds] + share * more]))
-            for state, share in (("common", 0.0), ("shrunk", 1.0))
+            state: pooled.judged(torch.cat([found[state], (search.margins + share * along)[n_held:]]))
+            for state, share in (("common", 0.0), ("shrunk", moves.factor))
         }
         better = pooled.best(with_folds, needs_more="shrunk") == "shrunk"
         chosen = "shrunk" if better and (before == "common" or chosen == "shrunk") else before
@@ -345,11 +394,13 @@ def shrink_users(
             "replaced. Give validation= to be safe."
         )
         # they count too, now that nothing is chosen by them any more
-        for again in _steps(Comparisons(features, margins, pairs.user, users), scale / size, step.number, mean):
-            step = again
-        own, prior = _scaled(step, moves.factor)
+        fit, common = training.fitted(torch.ones_like(fitted_on), effect)
+        again = _solved(fit, training.size, some)
+        if again is not None:
+            solution = again.beside(common.moved).scaled(moves.factor)
         for _ in range(moves.rounds if chosen == "shrunk" else 0):
-            own = _again(passes, pairs, own, basis, prior)
+            solution = _again(passes, pairs, solution, basis, common.beside)
+        own = solution.users
     if chosen != "trained":
         for user, row in enumerate(rows):
             passes.bank.write(row, ways[chosen](torch.tensor([user]))[0])
@@ -359,8 +410,8 @@ def shrink_users(
     if directory is not None:
         _save(scorer, directory, directory != path, chosen != "trained")
     result = ShrinkageResult(
-        chosen, scale, step.number, mean, table, pd.DataFrame(search.tried), _as_spread(prior, basis, users),
-        captured, len(pairs.user), users, dropped, len(held.user), moves.factor, moves.rounds,
+        chosen, scale, best.number, mean or effect is not None, table, pd.DataFrame(search.tried), _as_spread(solution, basis, users),
+        captured, len(pairs.user), users, dropped, len(held.user), effect, len(some), moves.factor, moves.rounds,
     )  # fmt: skip
     for line in str(result).splitlines():
         logger.info(line)
@@ -395,23 +446,28 @@ def _judge(
     return HeldOut(user, chosen, rejected, prompts)
 
 
+def _new_texts(pairs: _Pairs, held: _Pairs) -> bool:
+    """Whether nearly all texts that are held out are none of the training's."""
+    known = {tuple(text) for side in (pairs.chosen, pairs.rejected) for text in side}
+    new = sum(tuple(text) not in known for side in (held.chosen, held.rejected) for text in side)
+    return new >= NEW * 2 * len(held.user)
+
+
 def _folds(
     pairs: _Pairs, prompts: list[str], held: _Pairs, held_prompts: list[str]
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Where validation asks about new texts and holds few, the like asked of the training: what is fitted on and what left out, each `(n,)` bool.
+    """Where validation, which is of new texts, holds few, the like asked of the training: what is fitted on and what left out, each `(n,)` bool.
 
     What is dealt to the folds are prompts, if validation's are new, else texts; comparisons with a text in and one out of a fold are neither. What is left out is so of the
     users' parts alone: the common model, B and head know it.
     """
     sides = [list(map(tuple, side)) for side in (pairs.chosen, pairs.rejected)]
-    known = set(sides[0]) | set(sides[1])
-    new = sum(tuple(text) not in known for side in (held.chosen, held.rejected) for text in side)
     asked = {*prompts, ""}  # where a column of them is missing they are empty
     several = len(asked) > FOLDS and sum(one not in asked for one in held_prompts) >= NEW * len(held_prompts)
     units = [prompts, prompts] if several else sides
     of_held = set(held_prompts) if several else {tuple(text) for side in (held.chosen, held.rejected) for text in side}
     number = {one: place for place, one in enumerate(dict.fromkeys([*units[0], *units[1]]))}
-    if new < NEW * 2 * len(held.user) or len(of_held) >= FEW_TEXTS or len(number) < FOLDS:
+    if len(of_held) >= FEW_TEXTS or len(number) < FOLDS:
         return []
     fold = torch.from_numpy(np.random.default_rng(0).permutation(len(number)) % FOLDS)
     of_chosen, of_rejected = (fold[[number[one] for one in side]] for side in units)
@@ -423,80 +479,189 @@ def _folds(
     return found
 
 
-class _Part(NamedTuple):
-    """What is fitted, and comparisons that are held out of it, linearised: whose, margins `(n,)` and features `(n, k)`."""
+class _Texts(NamedTuple):
+    """The texts of comparisons: which two are compared, numbers `(n,)` each, and the texts' features `(texts, k)`."""
 
-    fit: Comparisons
+    chosen: torch.Tensor
+    rejected: torch.Tensor
+    features: torch.Tensor
+
+
+class _CommonPart(NamedTuple):
+    """What the common part is changed by: `(k,)`, and what texts' own effects add to the fitted margins `(n,)`."""
+
+    moved: torch.Tensor
+    beside: torch.Tensor
+
+
+@dataclass
+class _Training:
+    """The training comparisons in the model linearised at the common one: margins `(n,)`, features `(n, k)`, users `(n,)` and their number, texts if
+    these are fewer than comparisons."""
+
+    margins: torch.Tensor
+    features: torch.Tensor
+    user: torch.Tensor
+    n_users: int
+    texts: _Texts | None
+
+    @functools.cached_property
+    def size(self) -> float:
+        """Root mean square length of the features."""
+        return float(self.features.square().sum(1).mean().sqrt())
+
+    def text_effects(self, asked: float | bool | None, fitting: bool) -> float | None:
+        """Their standard deviation; `fitting`: whether there are to be any if none is asked for."""
+        n_texts = 0 if self.texts is None else len(self.texts.features)
+        possible = 0 < n_texts <= MOST_TEXTS
+        if asked:
+            if not possible:
+                raise ConfigError(
+                    f"text_effects={asked!r} came; for effects of their own there must be fewer texts than comparisons, and {MOST_TEXTS} at most. "
+                    "Leave it out. Nothing has been changed."
+                )
+            return float(asked)
+        if asked is False or not fitting or not possible or 2 * len(self.user) < OFTEN * n_texts:
+            return None
+        return TEXT_EFFECTS
+
+    @functools.cached_property
+    def learned(self) -> torch.Tensor:
+        """`(k,)`: what of the common model's margins the features can say, by least squares."""
+        gram = (self.features.T @ self.features).double()
+        gram.diagonal().add_(1e-6 * gram.diagonal().mean())  # what no comparison tells is 0
+        return torch.linalg.solve(gram, self.features.T.double() @ self.margins)
+
+    def common(self, keep: torch.Tensor, effect: float | None) -> _CommonPart:
+        """As it is, or fitted anew, from nothing, beside texts' effects of that standard deviation, to the comparisons `keep` `(n,)`."""
+        if effect is None:
+            return _CommonPart(self.features.new_zeros(self.features.shape[1]), torch.zeros(int(keep.sum())).double())
+        assert self.texts is not None
+        chosen, rejected = self.texts.chosen[keep], self.texts.rejected[keep]
+        left = self.margins[keep] - self.features[keep].double() @ self.learned
+        found = mean_beside_texts(self.texts.features, left, chosen, rejected, effect / self.size, effect)
+        moved = (found.mean.double() - self.learned).float()
+        return _CommonPart(moved, found.effects[chosen] - found.effects[rejected])
+
+    def fitted(self, keep: torch.Tensor, effect: float | None) -> tuple[Comparisons, _CommonPart]:
+        """The comparisons `keep` for the users' own parts, beside that common part."""
+        common, features = self.common(keep, effect), self.features[keep]
+        offsets = self.margins[keep] + features.mv(common.moved).double() + common.beside
+        return Comparisons(features, offsets, self.user[keep], self.n_users), common
+
+
+class _Part(NamedTuple):
+    """Which training comparisons are fitted, `(n,)` bool, and comparisons that are held out of it, linearised: whose, margins `(n,)` and features `(n, k)`."""
+
+    fitted: torch.Tensor
     user: torch.Tensor
     margins: torch.Tensor
     features: torch.Tensor
 
+    def with_moves(self, users: torch.Tensor) -> torch.Tensor:
+        """Margins with the users' parts `(users, k)`."""
+        return self.margins + (self.features * users[self.user]).sum(1).double()
+
 
 class _Found(NamedTuple):
-    log_likelihood: float
     scale: float
     mean: bool
-    step: Step  # of the first part
+    number: int  # of EM steps
     along: torch.Tensor  # (n,) what the moves add to the margins of all that is held out
+    log_likelihoods: torch.Tensor  # (n,) with them
+    log_likelihood: float
 
 
 class _Search:
     """Scales, EM steps and whether the mean is fitted, by the linearised model's likelihood of held-out comparisons.
 
     Args:
-        parts (`list[_Part]`): What is fitted each by itself; the first part's fit is what stays.
+        training ([`_Training`]): What is fitted.
+        parts (`list[_Part]`): Of it each by itself; the first part's fit is what stays.
         judge ([`HeldOut`]): Of all that is held out, part by part.
-        size (`float`): Root mean square length of the features.
+        effect (`float`, *optional*): Of the texts' own effects that the common part is fitted anew beside; else it stays.
     """
 
-    def __init__(self, parts: list[_Part], judge: HeldOut, size: float) -> None:
-        self.parts, self.judge, self.size = parts, judge, size
-        self.margins = torch.cat([part.margins for part in parts])
-        self.tried: list[dict[str, float]] = []
+    def __init__(self, training: _Training, parts: list[_Part], judge: HeldOut, effect: float | None) -> None:
+        self.parts, self.judge, self.size, self.effect = parts, judge, training.size, effect
+        fitted = [training.fitted(part.fitted, effect) for part in parts]
+        self.fits = [fit for fit, _ in fitted]
+        self.margins = torch.cat(
+            [
+                part.margins + part.features.mv(common.moved).double()
+                for part, (_, common) in zip(parts, fitted, strict=True)
+            ]
+        )
+        self.tried: list[dict[str, float | None]] = []
+        self.found: list[_Found] = []
         self.best: _Found | None = None
+        self.step: Step | None = None  # the best one's, of the first part
 
     def climb(self, scale: float, mean: bool, steps: int | None) -> None:
         """From one scale, until [`PATIENCE`] steps in a row gain nothing; with `steps` only the state after so many counts."""
         tau, most = scale / self.size, STEPS if steps is None else steps
-        first, *others = (_steps(part.fit, tau, most, mean) for part in self.parts)
+        first, *others = (_steps(fit, tau, most, mean) for fit in self.fits)
         states = zip(first, *map(_lasting, others), strict=False)
         peak, since = -math.inf, 0
         for state in states if steps is None else deque(states, maxlen=1):
             along = torch.cat(
                 [
-                    (part.features * step.users[part.user]).sum(1).double() if step else torch.zeros_like(part.margins)
+                    part.with_moves(step.users) - part.margins if step else torch.zeros_like(part.margins)
                     for part, step in zip(self.parts, state, strict=True)
                 ]
             )
             accuracy, likelihoods = self.judge.judged(self.margins + along)
             likelihood, step = self.judge.mean(likelihoods), state[0]
+            self.found.append(_Found(scale, mean, step.number, along, likelihoods, likelihood))
             self.tried.append(
                 {
                     "scale": scale,
                     "steps": step.number,
                     "mean": mean,
+                    "text_effects": self.effect,
                     "accuracy": accuracy,
                     "log_likelihood": likelihood,
                     "evidence": step.evidence,
                 }
             )
             if self.best is None or likelihood > self.best.log_likelihood:
-                self.best = _Found(likelihood, scale, mean, step, along)
+                self.best, self.step = self.found[-1], step
             peak, since = (likelihood, 0) if likelihood > peak else (peak, since + 1)
             if since == PATIENCE:
                 return
 
+    def as_good(self, errors: float) -> list[_Found]:
+        """Those that the best one does not beat by more than so many standard errors."""
+        assert self.best is not None
+        gains = [self.best.log_likelihoods - one.log_likelihoods for one in self.found]
+        return [
+            one
+            for one, gain in zip(self.found, gains, strict=True)
+            if self.judge.mean(gain) <= errors * self.judge.error(gain)
+        ]
+
+
+class _Solution(NamedTuple):
+    """The users' parts `(users, k)`, and what they are the mean over: the modes under each of these priors."""
+
+    users: torch.Tensor
+    priors: list[Prior]
+
+    def scaled(self, factor: float) -> "_Solution":
+        return _Solution(
+            factor * self.users, [Prior(factor * prior.mean, factor * prior.root) for prior in self.priors]
+        )
+
+    def beside(self, moved: torch.Tensor) -> "_Solution":
+        """On a common part that has moved, `(k,)`."""
+        return _Solution(self.users + moved, [prior._replace(mean=prior.mean + moved) for prior in self.priors])
+
 
 class _Moves(NamedTuple):
-    own: torch.Tensor  # (users, k)
-    prior: Prior
+    solution: _Solution
     margins: torch.Tensor  # (n,) the real model's, of what is held out
     factor: float
     rounds: int
-
-
-def _scaled(step: Step, factor: float) -> tuple[torch.Tensor, Prior]:
-    return factor * step.users, Prior(factor * step.prior.mean, factor * step.prior.root)
 
 
 def _settled(
@@ -505,13 +670,14 @@ def _settled(
     held: _Pairs,
     judge: HeldOut,
     basis: torch.Tensor,
-    step: Step,
+    solution: _Solution,
     along: torch.Tensor,
     common: torch.Tensor,
+    beside: torch.Tensor,
 ) -> _Moves:
     """The users' parts in the real model: halved as long as it does not follow the linear one, then solved for again as long as held-out comparisons gain.
 
-    `along` `(n,)`: what all of the moves add to the margins `common` `(n,)` of what is held out in the linearised model.
+    `along` `(n,)`: what all of the moves add to the margins `common` `(n,)` of what is held out in the linearised model; `beside`: see [`_again`].
     """
 
     def real(own: torch.Tensor) -> torch.Tensor:
@@ -523,14 +689,14 @@ def _settled(
     nothing = judge.mean(judge.judged(common).log_likelihood)
     best: _Moves | None = None
     for factor in FACTORS:
-        own, prior = _scaled(step, factor)
-        margins = real(own)
+        scaled = solution.scaled(factor)
+        margins = real(scaled.users)
         if not bool(margins.isfinite().all()):
             continue
         promise = common + factor * along
         curved = not torch.allclose(margins, promise, rtol=LINEAR, atol=LINEAR)
         if best is None or gain(margins) > gain(best.margins):
-            best = _Moves(own, prior, margins, factor, 0)
+            best = _Moves(scaled, margins, factor, 0)
         promised = gain(promise)
         if not curved or promised <= 0 or gain(margins) >= promised / 2:
             break  # as far as the linearised model holds
@@ -540,11 +706,11 @@ def _settled(
             "float32 or bfloat16.) Nothing has been changed."
         )
     while curved and best.rounds < ROUNDS:
-        own = _again(passes, fitted, best.own, basis, best.prior)
-        margins = real(own)
+        again = _again(passes, fitted, best.solution, basis, beside)
+        margins = real(again.users)
         if not gain(margins) > gain(best.margins):
             break
-        best = best._replace(own=own, margins=margins, rounds=best.rounds + 1)
+        best = best._replace(solution=again, margins=margins, rounds=best.rounds + 1)
     return best
 
 
@@ -583,18 +749,27 @@ def _margins(passes: _Passes, pairs: _Pairs, moves: Callable[[torch.Tensor], tor
     return margins
 
 
-def _again(passes: _Passes, pairs: _Pairs, own: torch.Tensor, basis: torch.Tensor, prior: Prior) -> torch.Tensor:
-    """Every user's part `(users, k)` under the prior and the model linearised at the parts `own` `(users, k)`: a step of Gauss and Newton."""
+def _again(
+    passes: _Passes, pairs: _Pairs, solution: _Solution, basis: torch.Tensor, beside: torch.Tensor
+) -> _Solution:
+    """Every user's part under the priors and the model linearised at the parts he has: a step of Gauss and Newton.
+
+    `beside` `(n,)`: what is in the margins and of no user's part, the texts' own effects.
+    """
+    own = solution.users
     offsets = torch.empty(len(pairs.user), dtype=torch.float64)
     features = torch.empty(len(pairs.user), len(basis))
     for some, mine, part in _portions(passes, pairs):
         margins, gradients = passes.linearise(part, own[some].to(basis) @ basis, basis)
         features[mine] = gradients.float()
-        offsets[mine] = margins - (gradients * own[some][part.user].double()).sum(1)
+        offsets[mine] = margins + beside[mine] - (gradients * own[some][part.user].double()).sum(1)
     if not bool(offsets.isfinite().all() and features.isfinite().all()):
-        return own
-    y, _, _ = Comparisons(features, offsets, pairs.user, len(own)).solve(prior, moments=False)
-    return prior.mean + y @ prior.root.T
+        return solution
+    problem, users = Comparisons(features, offsets, pairs.user, len(own)), torch.zeros_like(own)
+    for prior in solution.priors:
+        y, _, _ = problem.solve(prior, moments=False)
+        users += (prior.mean + y @ prior.root.T) / len(solution.priors)
+    return solution._replace(users=users)
 
 
 def _save(scorer: Any, directory: str, elsewhere: bool, changed: bool) -> None:
@@ -635,6 +810,24 @@ def _steps(fit: Comparisons, tau: float, steps: int, mean: bool) -> Iterator[Ste
         yield step
 
 
+def _solved(fit: Comparisons, size: float, some: list[_Found]) -> _Solution | None:
+    """The mean of the users' parts after some numbers of EM steps from some scales; where EM ends before them its last state; None where it has none."""
+    asked: dict[tuple[float, bool], set[int]] = {}
+    for one in some:
+        asked.setdefault((one.scale, one.mean), set()).add(one.number)
+    users = torch.zeros(fit.n_users, fit.features.shape[1])
+    priors: list[Prior] = []
+    for (scale, mean), numbers in asked.items():
+        before, last = len(priors), None
+        for step in _steps(fit, scale / size, max(numbers), mean):
+            last = step
+            if step.number in numbers:
+                users, priors = users + step.users, [*priors, step.prior]
+        if last is not None and len(priors) == before:
+            users, priors = users + last.users, [*priors, last.prior]
+    return _Solution(users / len(priors), priors) if priors else None
+
+
 def _lasting(states: Iterator[Step]) -> Iterator[Step | None]:
     """The last one again and again after the end; None where there is none."""
     last = None
@@ -651,7 +844,7 @@ def _directions(passes: _Passes, pairs: _Pairs) -> tuple[torch.Tensor, float]:
     sample = torch.from_numpy(np.random.default_rng(0).permutation(n)[: max(64, min(SAMPLE, MOST_NUMBERS // entries))])
     keep = torch.zeros(n, dtype=torch.bool)
     keep[sample] = True
-    _, gradients = _linearised(passes, pairs.of(keep), None)
+    _, gradients, _ = _linearised(passes, pairs.of(keep), None)
     unseen = (
         torch.arange(len(gradients)) % 8 == 7
         if len(gradients) >= 64
@@ -676,18 +869,36 @@ def _directions(passes: _Passes, pairs: _Pairs) -> tuple[torch.Tensor, float]:
     return basis.to(passes.scorer.device), captured
 
 
-def _linearised(passes: _Passes, pairs: _Pairs, basis: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Margins `(n,)` and gradients along the basis `(n, k)` at the common model."""
+def _linearised(
+    passes: _Passes, pairs: _Pairs, basis: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, _Texts | None]:
+    """Margins `(n,)` and gradients along the basis `(n, k)` at the common model; and the texts, if these are fewer than comparisons.
+
+    At the common model nobody differs, so it is enough to look once at each text.
+    """
+    number: dict[tuple[int, ...], int] = {}
+    chosen, rejected = (
+        torch.tensor([number.setdefault(tuple(text), len(number)) for text in side])
+        for side in (pairs.chosen, pairs.rejected)
+    )
+    once = len(number) <= len(pairs.user)
+    looked_at = pairs
+    if once:  # each text against the shortest
+        texts = [list(text) for text in number]
+        looked_at = _Pairs(texts, [min(texts, key=len)] * len(texts), torch.empty(0))
+    alike = _Pairs(looked_at.chosen, looked_at.rejected, torch.zeros(len(looked_at.chosen), dtype=torch.long))
     zero = torch.zeros(1, passes.bank.entries, device=passes.scorer.device)
-    alike = _Pairs(pairs.chosen, pairs.rejected, torch.zeros_like(pairs.user))
     margins, gradients = passes.linearise(alike, zero, basis)
+    if once:
+        of_texts, margins = gradients.float(), margins[chosen] - margins[rejected]
+        gradients = of_texts[chosen] - of_texts[rejected]
     bad = ~(margins.isfinite() & gradients.isfinite().all(1))
     if bool(bad.any()):
         raise NonFiniteError(
             f"The rewards of {int(bad.sum())} of {len(bad)} comparisons, or their gradients, are NaN or infinite. The model has diverged, or the "
             "base's dtype overflows (load it in float32 or bfloat16). Nothing has been changed."
         )
-    return margins, gradients.float()
+    return margins, gradients.float(), _Texts(chosen, rejected, of_texts) if once else None
 
 
 def _kept_for_the_fit(user: torch.Tensor) -> torch.Tensor:
@@ -700,14 +911,17 @@ def _kept_for_the_fit(user: torch.Tensor) -> torch.Tensor:
     return torch.tensor(kept, dtype=torch.bool)
 
 
-def _as_spread(prior: Prior, basis: torch.Tensor, users: int) -> UserSpread:
-    vectors, scales, _ = torch.linalg.svd(prior.root.double(), full_matrices=False)
+def _as_spread(solution: _Solution, basis: torch.Tensor, users: int) -> UserSpread:
+    roots = [prior.root.double() for prior in solution.priors]
+    covariance = torch.stack([root @ root.T for root in roots]).mean(0)
+    values, vectors = torch.linalg.eigh(covariance)
+    scales, vectors = values.clamp(min=0).sqrt().flip(0), vectors.flip(1)
     explained = scales.square().cumsum(0) / scales.square().sum()
     kept = torch.arange(len(scales)) < min(SPREAD_DIRECTIONS, int((scales > 1e-3 * scales[0]).sum()))
-    directions = vectors[:, kept].T.float().to(basis) @ basis
+    mean = torch.stack([prior.mean for prior in solution.priors]).mean(0)
     return UserSpread(
-        prior.mean.to(basis) @ basis,
-        directions,
+        mean.to(basis) @ basis,
+        vectors[:, kept].T.float().to(basis) @ basis,
         scales[kept].float().to(basis),
         float(explained[kept][-1]),
         users,
