@@ -205,17 +205,16 @@ def newcomer_curves(results: list[dict[str, Any]]) -> dict[str, dict[int, list[f
     return found
 
 
-def newcomer_losses(results: list[dict[str, Any]], method: str) -> dict[int, tuple[float, tuple[float, float]]]:
-    """Points over ShareLoRA's own common model (D = 0) by answers, with a 95 % interval over users; who was a newcomer in several seeds is one."""
-    found: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+def newcomer_gains(
+    results: list[dict[str, Any]], method: str, n: str, other: str, others_n: str
+) -> tuple[float, tuple[float, float]]:
+    """Points of one method with n answers over another with so many, with a 95 % interval over users; who was a newcomer in several seeds is one."""
+    found: dict[str, list[float]] = defaultdict(list)
     for one in results:
-        common = one["by_answers"]["ShareLoRA, common model"]["0"]
-        for n, counts in one["by_answers"].get(method, {}).items():
-            for user, (right, total) in counts.items():
-                found[int(n)][user].append(100 * (right - common[user][0]) / total)
-    return {
-        n: (float(np.mean([np.mean(one) for one in of.values()])), _interval(of.values())) for n, of in found.items()
-    }
+        than = one["by_answers"][other][others_n]
+        for user, (right, total) in one["by_answers"][method][n].items():
+            found[user].append(100 * (right - than[user][0]) / total)
+    return float(np.mean([np.mean(one) for one in found.values()])), _interval(found.values())
 
 
 def answers_given(results: list[dict[str, Any]], path: Path) -> dict[int, float]:
@@ -238,16 +237,22 @@ def newcomer_table(results: list[dict[str, Any]], given: dict[int, float]) -> st
     for method, by_answers in curves.items():
         cells = [f"{np.mean(by_answers[n]):.1f}" if n in by_answers else "" for n in answers]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    for method in curves:
-        if method.startswith("ShareLoRA, newcomers"):
-            losses = newcomer_losses(results, method)
-            cells = [
-                f"{losses[n][0]:+.1f} [{losses[n][1][0]:+.1f}, {losses[n][1][1]:+.1f}]" if n in losses else ""
-                for n in answers
-            ]
-            lines.append(
-                f"| {method.removeprefix('ShareLoRA, ')}, over the common model | " + " | ".join(cells) + " |"
-            )
+    ours = "ShareLoRA, newcomers by the learned prior"
+    if ours in curves:
+        over_common, over_best = [], []
+        for n in answers:
+            if n not in curves[ours]:
+                over_common.append("")
+                over_best.append("")
+                continue
+            rivals = {
+                name: np.mean(by[n]) for name, by in curves.items() if not name.startswith("ShareLoRA") and n in by
+            }
+            gains = [(results, ours, str(n), "ShareLoRA, common model", "0"), (results, ours, str(n), max(rivals, key=rivals.__getitem__), str(n))]  # fmt: skip
+            for cells, (mean, (low, high)) in zip((over_common, over_best), (newcomer_gains(*one) for one in gains), strict=True):  # fmt: skip
+                cells.append(f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]")
+        lines.append("| ShareLoRA over its common model [over users] | " + " | ".join(over_common) + " |")
+        lines.append("| ShareLoRA over the best baseline [over users] | " + " | ".join(over_best) + " |")
     return "\n".join(lines)
 
 
@@ -401,7 +406,7 @@ NEWCOMERS = """
 
 Accuracy by number of the newcomer's own answers, the file's own split; a draw of newcomers per seed. Columns that fewer than half of them can fill are left
 out; who has fewer answers gives what he has. ShareLoRA's are fitted by `fit_users` with the prior that `shrink_users` learned from the others; intervals over users. "Its common
-model" is ShareLoRA's with D = 0. Settings are chosen on the others' validation rows (that of the common LoRA on all users').
+model" is ShareLoRA's with D = 0; the best baseline is picked by test, for each number of answers. Settings are chosen on the others' validation rows (that of the common LoRA on all users').
 
 ![Accuracy of newcomers](images/results_new_users.png)
 """

@@ -99,6 +99,7 @@ def shrink_users(args: Namespace) -> None:
         validation=validation,
         scale=args.scale,
         steps=args.steps,
+        text_effects=args.text_effects,
         user_column=args.user_column,
         batch_size=args.batch_size,
         max_length=args.max_length,
