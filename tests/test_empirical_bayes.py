@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import integrate, optimize, special, stats
 
-from trl_sharelora.empirical_bayes import Comparisons, Prior, learn_prior, mean_beside_texts
+from trl_sharelora.empirical_bayes import Comparisons, Prior, Texts, learn_prior, mean_beside_texts
 from trl_sharelora.errors import ConfigError, NonFiniteError
 
 
@@ -168,7 +168,7 @@ def test_the_mean_beside_texts_is_the_mode_by_scipy():
     features, chosen, rejected, _ = of_texts(9, 120, 4, 1.0)
     features = torch.cat([features, features[:1]])  # and a text that nobody was asked about
     offsets = torch.tensor(np.random.default_rng(1).standard_normal(120))
-    mean, effects = mean_beside_texts(features, offsets, chosen, rejected, tau=0.7, scale=1.3)
+    mean, effects = mean_beside_texts(Texts(chosen, rejected, features), offsets, tau=0.7, scale=1.3)
     differences = (features[chosen] - features[rejected]).double().numpy()
 
     def loss(point):
@@ -183,7 +183,7 @@ def test_the_mean_beside_texts_is_the_mode_by_scipy():
     np.testing.assert_allclose(mean, found.x[:4], atol=1e-4)
     np.testing.assert_allclose(effects, found.x[4:], atol=1e-4)
     assert effects[9] == 0
-    again = mean_beside_texts(features + 5, offsets, chosen, rejected, tau=0.7, scale=1.3)
+    again = mean_beside_texts(Texts(chosen, rejected, features + 5), offsets, tau=0.7, scale=1.3)
     np.testing.assert_allclose(again.mean, mean, atol=1e-4)  # only differences of texts count
 
 
@@ -192,8 +192,8 @@ def test_beside_texts_the_mean_is_a_better_guide_to_new_ones():
     for seed in range(5):
         features, chosen, rejected, truth = of_texts(60, 6000, 30, 1.5, seed)
         nothing, new = torch.zeros(6000).double(), np.random.default_rng(99).standard_normal((2000, 30))
-        by_heart = mean_beside_texts(features, nothing, chosen, rejected, tau=0.3, scale=1e-3).mean.numpy()
-        beside = mean_beside_texts(features, nothing, chosen, rejected, tau=0.3, scale=1.5).mean.numpy()
+        by_heart = mean_beside_texts(Texts(chosen, rejected, features), nothing, tau=0.3, scale=1e-3).mean.numpy()
+        beside = mean_beside_texts(Texts(chosen, rejected, features), nothing, tau=0.3, scale=1.5).mean.numpy()
         right = [np.corrcoef(new @ one, new @ truth)[0, 1] for one in (by_heart, beside)]
         gains.append(right[1] - right[0])
     assert np.mean(gains) > 0.1 and min(gains) > 0
@@ -203,7 +203,9 @@ def test_beside_texts_the_mean_is_a_better_guide_to_new_ones():
 def test_a_mean_beside_texts_needs_standard_deviations(arguments):
     features, chosen, rejected, _ = of_texts(5, 20, 2, 1.0)
     with pytest.raises(ConfigError, match="a finite standard deviation above 0"):
-        mean_beside_texts(features, torch.zeros(20), chosen, rejected, **{"tau": 1.0, "scale": 1.0, **arguments})
+        mean_beside_texts(
+            Texts(chosen, rejected, features), torch.zeros(20), **{"tau": 1.0, "scale": 1.0, **arguments}
+        )
 
 
 def test_bad_input():

@@ -26,7 +26,7 @@ from trl_sharelora import (
 )
 from trl_sharelora.cli import main
 from trl_sharelora.confidence import fit_confidence
-from trl_sharelora.empirical_bayes import Prior, mean_beside_texts
+from trl_sharelora.empirical_bayes import Prior, Texts, mean_beside_texts
 from trl_sharelora.errors import ConfigError, DataError, NonFiniteError, UnknownUserError
 from trl_sharelora.new_users import UserSpread, _Pairs, _UserMoves
 from trl_sharelora.scoring import load_reward_model
@@ -349,7 +349,7 @@ def by_heart(seed=0, n=40):
     train, held, test = rows(range(60), n), rows(range(60, 76), 10), rows(range(76, TEXTS), 40)
     chosen, rejected = (torch.tensor([ids[0] for ids in train[f"{side}_ids"]]) for side in ("chosen", "rejected"))
     nothing = torch.zeros(len(train), dtype=torch.float64)
-    head = mean_beside_texts(base.features, nothing, chosen, rejected, tau=1.0, scale=1e-3).mean
+    head = mean_beside_texts(Texts(chosen, rejected, base.features), nothing, tau=1.0, scale=1e-3).mean
     base.classifier.weight.data = head[None].clone()
     return model, train, held, test
 

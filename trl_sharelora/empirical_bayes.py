@@ -172,6 +172,25 @@ def _laplace_of_many(
     return gradient, y, torch.cholesky_inverse(factor), now - factor.diagonal(dim1=1, dim2=2).log().sum(1)
 
 
+class Texts(NamedTuple):
+    """The texts of comparisons.
+
+    Args:
+        chosen (`torch.Tensor` of shape `(n,)`), rejected (`torch.Tensor` of shape `(n,)`):
+            int64, numbers of texts.
+        features (`torch.Tensor` of shape `(texts, k)`):
+            float32; those of a comparison are the chosen text's less the rejected one's.
+    """
+
+    chosen: torch.Tensor
+    rejected: torch.Tensor
+    features: torch.Tensor
+
+    def of(self, keep: torch.Tensor) -> "Texts":
+        """Of the comparisons `keep`; the texts keep their numbers."""
+        return Texts(self.chosen[keep], self.rejected[keep], self.features)
+
+
 class Comparisons:
     """Comparisons of many users, some users at a time padded to the same number; all on the host.
 
@@ -306,14 +325,7 @@ class Common(NamedTuple):
     effects: torch.Tensor
 
 
-def mean_beside_texts(
-    features: torch.Tensor,
-    offsets: torch.Tensor,
-    chosen: torch.Tensor,
-    rejected: torch.Tensor,
-    tau: float,
-    scale: float,
-) -> Common:
+def mean_beside_texts(texts: Texts, offsets: torch.Tensor, tau: float, scale: float) -> Common:
     """The mean that suits all comparisons best where each text may be liked for reasons of its own.
 
     Where few texts are compared often it is known well how much each of them is liked, and a head without such effects bends its few hundred numbers until they say
@@ -324,12 +336,10 @@ def mean_beside_texts(
     Newton's method in the texts' kernel.
 
     Args:
-        features (`torch.Tensor` of shape `(texts, k)`):
-            Of each text; what is added to all of them makes no difference.
+        texts ([`Texts`]):
+            Of the comparisons; what is added to the features of all texts makes no difference. The matrices are of texts with texts.
         offsets (`torch.Tensor` of shape `(n,)`):
             Margins with none, in log-odds.
-        chosen, rejected (`torch.Tensor` of shape `(n,)`):
-            int64, numbers of texts.
         tau (`float`), scale (`float`):
             Standard deviations of an entry of the mean and, in log-odds, of a text's effect; above 0.
 
@@ -339,14 +349,14 @@ def mean_beside_texts(
     Example:
 
     ```python
-    mean, effects = mean_beside_texts(features, margins, chosen, rejected, tau=0.1, scale=1.0)
+    mean, effects = mean_beside_texts(Texts(chosen, rejected, features), margins, tau=0.1, scale=1.0)
     ```
     """
     for name, one in (("tau", tau), ("scale", scale)):
         if not one > 0 or one == float("inf"):
             raise ConfigError(f"{name}={one!r} came; a finite standard deviation above 0 is needed.")
-    n = len(features)
-    wide = (features - features.mean(0)).double()
+    chosen, rejected, features = texts
+    n, wide = len(features), (features - features.mean(0)).double()
     eye = torch.eye(n, dtype=torch.float64)
     kernel = tau**2 * wide @ wide.T + scale**2 * eye
     offsets = offsets.double()

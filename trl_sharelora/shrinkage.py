@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 
 from .confidence import CONFIDENCE_FOLDER, _open
 from .data import check_preference_rows
-from .empirical_bayes import Comparisons, Prior, Step, learn_prior, mean_beside_texts
+from .empirical_bayes import Comparisons, Prior, Step, Texts, learn_prior, mean_beside_texts
 from .errors import ConfigError, DataError, NonFiniteError
 from .held_out import HeldOut
 from .new_users import MOST_NUMBERS, UserSpread, _gram, _Pairs, _Passes, _tokenised
@@ -479,14 +479,6 @@ def _folds(
     return found
 
 
-class _Texts(NamedTuple):
-    """The texts of comparisons: which two are compared, numbers `(n,)` each, and the texts' features `(texts, k)`."""
-
-    chosen: torch.Tensor
-    rejected: torch.Tensor
-    features: torch.Tensor
-
-
 class _CommonPart(NamedTuple):
     """What the common part is changed by: `(k,)`, and what texts' own effects add to the fitted margins `(n,)`."""
 
@@ -503,7 +495,7 @@ class _Training:
     features: torch.Tensor
     user: torch.Tensor
     n_users: int
-    texts: _Texts | None
+    texts: Texts | None
 
     @functools.cached_property
     def size(self) -> float:
@@ -537,11 +529,11 @@ class _Training:
         if effect is None:
             return _CommonPart(self.features.new_zeros(self.features.shape[1]), torch.zeros(int(keep.sum())).double())
         assert self.texts is not None
-        chosen, rejected = self.texts.chosen[keep], self.texts.rejected[keep]
+        texts = self.texts.of(keep)
         left = self.margins[keep] - self.features[keep].double() @ self.learned
-        found = mean_beside_texts(self.texts.features, left, chosen, rejected, effect / self.size, effect)
+        found = mean_beside_texts(texts, left, effect / self.size, effect)
         moved = (found.mean.double() - self.learned).float()
-        return _CommonPart(moved, found.effects[chosen] - found.effects[rejected])
+        return _CommonPart(moved, found.effects[texts.chosen] - found.effects[texts.rejected])
 
     def fitted(self, keep: torch.Tensor, effect: float | None) -> tuple[Comparisons, _CommonPart]:
         """The comparisons `keep` for the users' own parts, beside that common part."""
@@ -871,7 +863,7 @@ def _directions(passes: _Passes, pairs: _Pairs) -> tuple[torch.Tensor, float]:
 
 def _linearised(
     passes: _Passes, pairs: _Pairs, basis: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, _Texts | None]:
+) -> tuple[torch.Tensor, torch.Tensor, Texts | None]:
     """Margins `(n,)` and gradients along the basis `(n, k)` at the common model; and the texts, if these are fewer than comparisons.
 
     At the common model nobody differs, so it is enough to look once at each text.
@@ -898,7 +890,7 @@ def _linearised(
             f"The rewards of {int(bad.sum())} of {len(bad)} comparisons, or their gradients, are NaN or infinite. The model has diverged, or the "
             "base's dtype overflows (load it in float32 or bfloat16). Nothing has been changed."
         )
-    return margins, gradients.float(), _Texts(chosen, rejected, of_texts) if once else None
+    return margins, gradients.float(), Texts(chosen, rejected, of_texts) if once else None
 
 
 def _kept_for_the_fit(user: torch.Tensor) -> torch.Tensor:
