@@ -29,7 +29,7 @@ CHUNK = 2**24
 # EM moves slowly along directions in which the users' data say little of each; twice its step in the logarithm of the covariance takes half the
 # passes (over-relaxed EM; Salakhutdinov and Roweis, 2003). On real votes 8 steps so reach what 15 plain ones do not. Where the data say much of each
 # user a plain step is right and twice of it is too far: a step after which the evidence is lower is taken anew, plain.
-RELAXATION = 2.0
+RELAXATION = 2
 NEWTON_STEPS = 20  # at most; 3 to 8 are usual
 
 
@@ -420,7 +420,7 @@ def learn_prior(comparisons: Comparisons, tau: float, steps: int, *, mean: bool 
             return
         assert second is not None
         middle = comparisons.refit_mean(prior.mean, own, ridge=tau**-2) if mean else prior.mean
-        for rate in (RELAXATION, 1.0):
+        for rate in (RELAXATION, 1):
             after = Prior(middle, _moved(prior.root, second, rate))
             found = comparisons.solve(after, moments=number + 1 < steps)
             if found[2] >= evidence:
@@ -428,10 +428,9 @@ def learn_prior(comparisons: Comparisons, tau: float, steps: int, *, mean: bool 
         prior, (y, second, evidence) = after, found
 
 
-def _moved(root: torch.Tensor, second: torch.Tensor, rate: float) -> torch.Tensor:
+def _moved(root: torch.Tensor, second: torch.Tensor, rate: int) -> torch.Tensor:
     """The root of the next covariance, `L S^rate L'`; with rate 1 that of plain EM."""
-    values, vectors = torch.linalg.eigh(second)
-    relaxed = (vectors * values.clamp(min=1e-9) ** rate) @ vectors.T
-    values, vectors = torch.linalg.eigh(root.double() @ relaxed @ root.double().T)
+    moved = root.double() @ torch.linalg.matrix_power(second, rate) @ root.double().T
+    values, vectors = torch.linalg.eigh(moved)
     kept = values > 1e-7 * values[-1]
     return (vectors[:, kept] * values[kept].sqrt()).flip(1).float()
