@@ -53,7 +53,7 @@ class Difference(NamedTuple):
         return f"{self.mean:+.2f} [{self.users[0]:+.1f}, {self.users[1]:+.1f}]{over_seeds}"
 
 
-def _accuracies(counts: list[Counts]) -> list[dict[str, float]]:
+def _accuracies(counts: Iterable[Counts]) -> list[dict[str, float]]:
     return [{user: right / n for user, (right, n) in one.items()} for one in counts]
 
 
@@ -74,44 +74,47 @@ class View:
         self.set, self.view = results[0]["set"], results[0]["view"]
         self.seeds = len(results)
         self.rows = results[0]["rows"]
-        self.methods = [name for name in results[0]["methods"] if all(name in one["methods"] for one in results)]
-        self.counts = {name: [one["methods"][name]["test"] for one in results] for name in self.methods}
+        self.methods = [name for name in METHODS if any(name in one["methods"] for one in results)]
+        of = {name: [one for one in results if name in one["methods"]] for name in self.methods}
+        # what takes long has fewer seeds: compared on these, and never the best
+        self.partly = {name: len(those) for name, those in of.items() if len(those) < len(results)}
+        self.counts, self.validations = (
+            {name: {one["seed"]: one["methods"][name][part] for one in those} for name, those in of.items()}
+            for part in ("test", "validation_counts")
+        )
         self.validation = {
-            name: float(np.mean([one["methods"][name]["validation"] for one in results])) for name in self.methods
+            name: float(np.mean([one["methods"][name]["validation"] for one in those])) for name, those in of.items()
         }
-        self.settings = {name: [one["methods"][name]["settings"] for one in results] for name in self.methods}
+        self.settings = {name: [one["methods"][name]["settings"] for one in those] for name, those in of.items()}
         self.shared = [name for name in self.methods if name.startswith("ShareLoRA")]
-        self.baselines = [name for name in self.methods if name not in (*self.shared, PRIOR)]
+        self.baselines = [name for name in self.methods if name not in (*self.shared, PRIOR, *self.partly)]
         if not self.shared or not self.baselines:
             raise ValueError(f"{self.set}, {self.view}: a comparison needs a baseline and a ShareLoRA form.")
-        self.validations = {
-            name: [one["methods"][name]["validation_counts"] for one in results] for name in self.methods
-        }
-        self.chosen = self._choice()
+        self.chosen = self._choice(results[0]["seed"])
         self.best = max(self.baselines, key=self.accuracy)
-        self.common = max((name for name in COMMON if name in self.methods), key=self.accuracy)
+        self.common = max((name for name in COMMON if name in self.baselines), key=self.accuracy)
 
-    def _choice(self) -> str:
+    def _choice(self, seed: int) -> str:
         """The form of ShareLoRA with the best validation, on the first seed, among those that beat [`SHRUNK`] there by an interval over users that excludes zero;
         else that one."""
-        first = {name: counts[:1] for name, counts in self.validations.items()}
-        if SHRUNK not in self.shared:
+        first = {name: {seed: counts[seed]} for name, counts in self.validations.items() if seed in counts}
+        if SHRUNK not in first:
             return max(self.shared, key=self.validation.__getitem__)
         better = {
             name: found.mean
             for name in self.shared
-            if name != SHRUNK and (found := self._paired(first, name, SHRUNK)).users[0] > 0
+            if name in first and name != SHRUNK and (found := self._paired(first, name, SHRUNK)).users[0] > 0
         }
         return max(better, key=better.__getitem__, default=SHRUNK)
 
     def by_seed(self, method: str) -> list[dict[str, float]]:
-        return _accuracies(self.counts[method])
+        return _accuracies(self.counts[method].values())
 
     def accuracy(self, method: str) -> float:
         return float(np.mean([np.mean(list(one.values())) for one in self.by_seed(method)]))
 
     def micro(self, method: str) -> float:
-        pairs = [np.sum(list(one.values()), axis=0) for one in self.counts[method]]
+        pairs = [np.sum(list(one.values()), axis=0) for one in self.counts[method].values()]
         return float(np.mean([right / n for right, n in pairs]))
 
     def worst_tenth(self, method: str) -> float:
@@ -130,10 +133,12 @@ class View:
         return self._paired(self.counts, method, other)
 
     @staticmethod
-    def _paired(counts: dict[str, list[Counts]], method: str, other: str) -> Difference:
+    def _paired(counts: dict[str, dict[int, Counts]], method: str, other: str) -> Difference:
         own: dict[str, list[float]] = defaultdict(list)
         seeds = []
-        for one, two in zip(_accuracies(counts[method]), _accuracies(counts[other]), strict=True):
+        both = [seed for seed in counts[method] if seed in counts[other]]
+        pairs = (_accuracies(counts[name][seed] for seed in both) for name in (method, other))
+        for one, two in zip(*pairs, strict=True):
             for user in one:
                 own[user].append(100 * (one[user] - two[user]))
             seeds.append(100 * float(np.mean([one[user] - two[user] for user in one])))
@@ -163,6 +168,7 @@ def table(view: View) -> str:
     for name in view.methods:
         low, high = view.interval(name)
         mark = " **chosen**" if name == view.chosen else ""
+        mark += f" ({view.partly[name]} of {view.seeds} seeds)" if name in view.partly else ""
         gain = "" if name == view.common else str(view.difference(name, view.common))
         hidden = ("share", "train_common", "personal_head")
         settings = ", ".join(
@@ -342,6 +348,8 @@ def write(figures: Path, page: Path, data_dir: Path) -> None:
     for path in sorted(figures.glob("*-[0-9]*.json")):
         one = json.loads(path.read_text())
         found[one["set"], one["view"]].append(one)
+    for of in found.values():
+        of.sort(key=lambda one: one["seed"])
     order = sorted({name for name, _ in found}, key=lambda name: (name.split(".")[0], len(name), name))
     views = [View(found[name, view]) for view in ("seen", "new_items") for name in order if (name, view) in found]
     newcomers = {name: found[name, "new_users"] for name in order if (name, "new_users") in found}
@@ -384,7 +392,7 @@ def write(figures: Path, page: Path, data_dir: Path) -> None:
 HEAD = """
 # Preferences of real people
 
-Made by `python benchmarks/real_data.py` (its docstring says what is measured and how; up to {seeds} seeds, each with a split of its own; commits {commits}) from
+Made by `python benchmarks/real_data.py` (its docstring says what is measured and how; 5 seeds, of Polis' new statements up to {seeds}, each with a split of its own; commits {commits}) from
 the files described there; not edited by hand. Base: all-MiniLM-L6-v2, frozen, mean over tokens and log length (385 numbers); above it a linear layer, a frozen one that
 adds how similar the result is to each of the file's texts (it knows the texts and no vote), a second linear layer and a linear head. Both linear layers are the identity, and LoRA goes
 on both. The linear baselines stand on the same numbers: one ridge head, a ridge offset per user, a low-rank basis with user weights (the form of LoRe); `popularity` is the text that more

@@ -206,6 +206,37 @@ def test_the_whole_script(ways, data, encoder, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert real_data.main() == 0  # nothing is measured twice
     assert "seed" not in capsys.readouterr().out
+    # nor elsewhere, from the archive beside the page
+    archive, elsewhere = out / "results_figures.jsonl.gz", tmp_path / "elsewhere"
+    command = [*command[:-1], str(elsewhere), "--reuse", str(archive)]
+    monkeypatch.setattr(sys, "argv", command)
+    assert real_data.main() == 0
+    assert "seed" not in capsys.readouterr().out
+    assert (elsewhere / "quick" / "results.md").read_text(encoding="utf-8") == page
+    assert (elsewhere / "quick" / archive.name).read_bytes() == archive.read_bytes()
+    # what there is already is not overwritten
+    kept = elsewhere / "quick" / f"{NAME}-seen-0.json"
+    kept.write_text(json.dumps(found[kept.name] | {"commits": ["here"]}))
+    real_data.unpack(archive, kept.parent)
+    assert json.loads(kept.read_text())["commits"] == ["here"]
+    # a method that some seeds lack is compared on the others and is no baseline
+    del found[f"{NAME}-seen-1.json"]["methods"]["common head + own ridge"]
+    partly = report.View([found[f"{NAME}-seen-{seed}.json"] for seed in (0, 1)])
+    assert partly.partly == {"common head + own ridge": 1} and "common head + own ridge" not in partly.baselines
+    assert "common head + own ridge (1 of 2 seeds)" in report.table(partly)
+    one_seed = report.View([found[f"{NAME}-seen-0.json"]])
+    asked = ("ShareLoRA AB", "common head + own ridge")
+    assert partly.difference(*asked).users == one_seed.difference(*asked).users
+    assert partly.difference("ShareLoRA AB", "common head") == view.difference("ShareLoRA AB", "common head")
+
+
+def test_more_splits_where_each_says_little(ways, tmp_path):
+    real_data, _ = ways
+    args = real_data.argparse.Namespace(views=["seen", "new_items"], seeds=None, output_dir=tmp_path)
+    seeds = [(view, seed) for _, view, seed, _ in real_data.runs(args, ("polis_bowling_green",))]
+    assert seeds == [("seen", seed) for seed in range(5)] + [("new_items", seed) for seed in range(10)]
+    args.seeds = 2
+    assert len(list(real_data.runs(args, ("polis_bowling_green",)))) == 4
 
 
 def test_without_the_files_it_says_so(ways, tmp_path, monkeypatch, capsys):
