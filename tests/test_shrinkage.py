@@ -26,7 +26,7 @@ from trl_sharelora import (
 )
 from trl_sharelora.cli import main
 from trl_sharelora.confidence import fit_confidence
-from trl_sharelora.empirical_bayes import Prior, Texts, mean_beside_texts
+from trl_sharelora.empirical_bayes import Comparisons, Prior, Texts, learn_prior, mean_beside_texts
 from trl_sharelora.errors import ConfigError, DataError, NonFiniteError, UnknownUserError
 from trl_sharelora.new_users import UserSpread, _Pairs, _UserMoves
 from trl_sharelora.scoring import load_reward_model
@@ -46,13 +46,15 @@ class LinearReward(PreTrainedModel):
     def __init__(self, config, features):
         super().__init__(config)
         self.features, size = features, features.shape[1]
+        self.frozen = torch.zeros(len(features))
         self.projection = nn.Linear(size, size, bias=False)
         self.classifier = nn.Linear(size, 1, bias=False)
         nn.init.eye_(self.projection.weight)
         nn.init.normal_(self.classifier.weight, std=0.3)
 
     def forward(self, input_ids, **kwargs):
-        return SequenceClassifierOutput(logits=self.classifier(self.projection(self.features[input_ids[:, 0]])))
+        rewards = self.classifier(self.projection(self.features[input_ids[:, 0]]))
+        return SequenceClassifierOutput(logits=rewards + self.frozen[input_ids[:, 0]][:, None])
 
 
 def linear_model(seed=0, bank="resident", size=SIZE):
@@ -327,12 +329,17 @@ def test_at_the_common_model_each_text_is_looked_at_once():
     )
 
 
-def by_heart(seed=0, n=40):
-    """A model whose head has learned by heart how much sixty texts are liked, some of which no feature tells; comparisons of these, of 16 and of 44 other texts."""
+def by_heart(seed=0, n=40, known=0.0):
+    """A model whose head has learned by heart how much sixty texts are liked, some of which no feature tells; comparisons of these, of 16 and of 44 other texts.
+
+    `known`: standard deviation of what the base knows of texts, rightly, and no user's part can say.
+    """
     model = linear_model(size=60)
     base, draw = model.get_base_model(), np.random.default_rng(seed)
     features = base.features.double().numpy()
     liked = features @ draw.standard_normal(60) * 0.25 + 2 * draw.standard_normal(TEXTS)
+    frozen = known * draw.standard_normal(TEXTS) if known else np.zeros(TEXTS)
+    liked += frozen
     tastes = 2 * np.random.default_rng(7).standard_normal(len(USERS))
 
     def rows(texts, each):
@@ -348,9 +355,12 @@ def by_heart(seed=0, n=40):
 
     train, held, test = rows(range(60), n), rows(range(60, 76), 10), rows(range(76, TEXTS), 40)
     chosen, rejected = (torch.tensor([ids[0] for ids in train[f"{side}_ids"]]) for side in ("chosen", "rejected"))
-    nothing = torch.zeros(len(train), dtype=torch.float64)
-    head = mean_beside_texts(Texts(chosen, rejected, base.features), nothing, tau=1.0, scale=1e-3).mean
+    rewards = torch.tensor(frozen)
+    head = mean_beside_texts(
+        Texts(chosen, rejected, base.features), rewards[chosen] - rewards[rejected], tau=1.0, scale=1e-3
+    ).mean
     base.classifier.weight.data = head[None].clone()
+    base.frozen = rewards.float()
     return model, train, held, test
 
 
@@ -372,19 +382,141 @@ def test_where_texts_are_new_what_was_learned_by_heart_is_fitted_anew():
     for rows, held_out in ((train, train.select(range(0, len(train), 3))), (few, held)):
         model = by_heart()[0]
         assert shrink_users(model, rows, TOKENIZER, validation=held_out, steps=0, scale=1.0).text_effects is None
-    with pytest.raises(ConfigError, match="there must be fewer texts than comparisons"):
+    with pytest.raises(ConfigError, match="30 comparisons of 39 texts"):
         fewer = train.select(range(0, len(train), 40))
         shrink_users(by_heart()[0], fewer, TOKENIZER, validation=held, text_effects=1.0)
 
 
-def test_where_many_texts_are_new_they_say_whether_the_common_part_stays(monkeypatch):
+def test_where_many_texts_are_new_they_say_whether_the_common_part_stays(monkeypatch, caplog):
     """A head that knows the truth is better than one fitted to sixty texts; twenty held-out texts would not be asked."""
-    model, train, held, test = by_heart()
-    base = model.get_base_model()
-    base.classifier.weight.data = torch.tensor(np.random.default_rng(0).standard_normal(60) * 0.25).float()[None]
+    truth = torch.tensor(np.random.default_rng(0).standard_normal(60) * 0.25).float()[None]
+
+    def shrunk(**arguments):
+        model, train, held, test = by_heart()
+        model.get_base_model().classifier.weight.data = truth.clone()
+        result = shrink_users(model, train, TOKENIZER, validation=held, **arguments)
+        return result, model, accuracy(model, test)
+
     monkeypatch.setattr(shrinkage, "FEW_TEXTS", 10)
-    assert shrink_users(model, train, TOKENIZER, validation=held).text_effects is None
-    assert accuracy(model, test) > 0.6
+    with caplog.at_level("INFO", logger="trl_sharelora"):
+        result, model, right = shrunk()
+    assert result.text_effects is None and "likelier with the common part as it came, so it stays" in caplog.text
+    # what is then used has been searched for by itself, and is what comes without texts' effects
+    without, other, right_without = shrunk(text_effects=False)
+    assert result.chosen == without.chosen == "shrunk" and right == right_without > shrunk(text_effects=1.0)[2]
+    assert torch.equal(_UserMoves(model).read(range(30)), _UserMoves(other).read(range(30)))
+    tried = result.candidates
+    assert set(tried["text_effects"].dropna()) == {1.0} and tried.loc[tried["averaged"], "text_effects"].isna().all()
+    pd.testing.assert_frame_equal(
+        tried[tried["text_effects"].isna()].reset_index(drop=True), without.candidates, check_dtype=False
+    )
+    best = tried[(tried["scale"] == result.scale) & (tried["steps"] == result.steps) & (tried["mean"] == result.mean)]
+    assert best["averaged"].any() and result.averaged == tried["averaged"].sum()
+
+
+def test_what_is_refused_is_not_handed_to_newcomers():
+    model, train, held, _ = by_heart()
+    model.get_base_model().classifier.weight.data = torch.tensor(
+        np.random.default_rng(0).standard_normal(60) * 0.25
+    ).float()[None]
+    result = shrink_users(model, train, TOKENIZER, validation=held, text_effects=1.0, steps=0, scale=8.0)
+    assert result.chosen == "common"
+    assert float(result.spread.mean.abs().max()) < 1e-4 * float(result.spread.scales[0])
+
+
+def test_a_common_part_that_users_parts_cannot_say_is_not_fitted_anew(caplog):
+    """The base knows something of texts that no user's part can say: a refit would lose it, and is made only if it is asked for."""
+    came, train, held, test = by_heart(known=2.0)
+    before = accuracy(came, test)
+    with caplog.at_level("INFO", logger="trl_sharelora"):
+        default = shrink_users(came, train, TOKENIZER, validation=held)
+    assert default.text_effects is None and "would be lost, so the common part stays as it came" in caplog.text
+    model = by_heart(known=2.0)[0]
+    other = shrink_users(model, train, TOKENIZER, validation=held, text_effects=False)
+    assert torch.equal(_UserMoves(came).read(range(30)), _UserMoves(model).read(range(30)))
+    pd.testing.assert_frame_equal(default.candidates, other.candidates)
+    assert accuracy(model, test) > before - 0.01
+    with caplog.at_level("WARNING", logger="trl_sharelora"):
+        asked = shrink_users(by_heart(known=2.0)[0], train, TOKENIZER, validation=held, text_effects=1.0)
+    assert asked.text_effects == 1.0 and "is lost, as text_effects=1 asks" in caplog.text
+
+
+def test_one_direction_more_where_the_others_do_not_say_what_the_common_model_says(monkeypatch):
+    """With 40 of 60 directions the common model is not in their span; with the one that is missing it is."""
+    monkeypatch.setattr(shrinkage, "DIRECTIONS", (40,))
+    looked = []
+    real = shrinkage._looked_at
+
+    def looked_at(passes, pairs, users, held, basis):
+        training, held_out = real(passes, pairs, users, held, basis)
+        looked.append((basis, training.learn(held_out)))
+        return training, held_out
+
+    monkeypatch.setattr(shrinkage, "_looked_at", looked_at)
+    model, train, held, _ = by_heart()
+    assert shrink_users(model, train, TOKENIZER, validation=held, steps=0, scale=1.0).text_effects == 1.0
+    (few, said), (one_more, now_said) = looked
+    assert len(few) == 40 and len(one_more) == 41 and said < shrinkage.SAYS < now_said
+    torch.testing.assert_close(one_more @ one_more.T, torch.eye(41), atol=1e-5, rtol=0)
+
+
+def test_folds_are_asked_about_what_is_written_where_moves_are_halved(monkeypatch):
+    """With half of the moves beside texts' effects half of the common part's refit is written, and the folds are asked about that."""
+    model, train, held, _ = by_heart(n=20)
+    made, asked = [], []
+    real, judged = shrinkage._Search.__init__, shrinkage.HeldOut.judged
+
+    def init(self, training, parts, judge, effect):
+        real(self, training, parts, judge, effect)
+        made.append((self, training, parts))
+
+    def halved(passes, fitted, held, judge, basis, solution, along, common, beside):
+        half = solution.scaled(0.5)
+        return shrinkage._Moves(half, common + 0.5 * along, 0.5, 0)
+
+    monkeypatch.setattr(shrinkage._Search, "__init__", init)
+    monkeypatch.setattr(shrinkage, "_settled", halved)
+    monkeypatch.setattr(
+        shrinkage.HeldOut, "judged", lambda self, margins: asked.append(margins) or judged(self, margins)
+    )
+    shrink_users(model, train, TOKENIZER, validation=held, scale=4.0, steps=1)
+    (_, training, parts), n = made[0], len(held)
+    common, shrunk = (margins[n:] for margins in asked[-2:])
+    expected = []
+    for part in parts[1:]:
+        fit, anew = training.fitted(part.fitted, 1.0)
+        *_, step = learn_prior(fit, 4.0 / training.size, 1, mean=False)
+        expected.append(
+            torch.stack(
+                [
+                    part.margins + 0.5 * (part.features @ anew.moved).double(),
+                    part.margins + 0.5 * (part.features * (anew.moved + step.users[part.user])).sum(1).double(),
+                ]
+            )
+        )
+    torch.testing.assert_close(torch.stack([common, shrunk]), torch.cat(expected, 1), atol=1e-4, rtol=1e-4)
+
+
+def test_where_em_ends_before_what_was_asked_its_last_state_counts(monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    fit = Comparisons(torch.randn(60, 4, generator=draw), torch.zeros(60), torch.arange(60) % 5, 5)
+    states = list(learn_prior(fit, 1.0, 2, mean=False))
+    found = [shrinkage._Found(1.0, True, number, *[None] * 5) for number in (0, 2, 5, 7)]
+    monkeypatch.setattr(shrinkage, "_steps", lambda fit, tau, steps, mean: iter([] if mean else states))
+    solution = shrinkage._solved(fit, 1.0, 1.0, found)
+    torch.testing.assert_close(solution.users, (states[0].users + 3 * states[2].users) / 4)
+    assert len(solution.priors) == 4
+    assert shrinkage._solved(fit, 1.0, None, found) is None
+
+
+def test_which_comparisons_are_no_number():
+    model, train, held, _ = by_heart(n=4)
+    texts = [{ids[0] for ids in train[f"{side}_ids"]} for side in ("chosen", "rejected")]
+    bad = min(texts[0] | texts[1])
+    model.get_base_model().features[bad] = float("nan")
+    n = sum(bad in (row["chosen_ids"][0], row["rejected_ids"][0]) for row in train)
+    with pytest.raises(NonFiniteError, match=f"of {n} of {len(train)} comparisons"):
+        shrink_users(model, train, TOKENIZER, validation=held)
 
 
 def test_where_texts_are_new_what_is_as_good_is_averaged(monkeypatch):
@@ -680,7 +812,9 @@ def test_bad_input():
     for arguments, error, message in (
         ({"scale": 0.0}, ConfigError, "scale=0.0"),
         ({"steps": -1}, ConfigError, "steps=-1"),
-        ({"text_effects": 0}, ConfigError, "text_effects=0 came; a finite standard deviation"),
+        ({"text_effects": 0}, ConfigError, "text_effects=0 came; a standard deviation above 0"),
+        ({"text_effects": 10**400}, ConfigError, "1,000,000 at most"),
+        ({"scale": float("inf")}, ConfigError, "1,000,000 at most"),
         ({"text_effects": True}, ConfigError, "text_effects=True came"),
         ({"text_effects": 1.0, "mean": False}, ConfigError, "mean=False and text_effects=1.0"),
         ({"validation": world(model, 1.0, 2, users=["nobody"])}, UnknownUserError, "nobody"),

@@ -341,10 +341,11 @@ def mean_beside_texts(texts: Texts, offsets: torch.Tensor, tau: float, scale: fl
         offsets (`torch.Tensor` of shape `(n,)`):
             Margins with none, in log-odds.
         tau (`float`), scale (`float`):
-            Standard deviations of an entry of the mean and, in log-odds, of a text's effect; above 0.
+            Standard deviations of an entry of the mean and, in log-odds, of a text's effect; above 0, their squares finite.
 
     Raises:
         ConfigError: `tau` or `scale` is out of range.
+        NonFiniteError: NaN or infinite features or offsets.
 
     Example:
 
@@ -353,9 +354,14 @@ def mean_beside_texts(texts: Texts, offsets: torch.Tensor, tau: float, scale: fl
     ```
     """
     for name, one in (("tau", tau), ("scale", scale)):
-        if not one > 0 or one == float("inf"):
+        if not 0 < one < 1e100:
             raise ConfigError(f"{name}={one!r} came; a finite standard deviation above 0 is needed.")
     chosen, rejected, features = texts
+    bad = ~features.isfinite().all(1), ~offsets.isfinite()
+    if bool(bad[0].any() or bad[1].any()):
+        raise NonFiniteError(
+            f"{int(bad[0].sum())} of {len(features)} texts have NaN or infinite features, {int(bad[1].sum())} of {len(offsets)} comparisons such margins."
+        )
     n, wide = len(features), (features - features.mean(0)).double()
     eye = torch.eye(n, dtype=torch.float64)
     kernel = tau**2 * wide @ wide.T + scale**2 * eye

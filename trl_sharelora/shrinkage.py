@@ -65,6 +65,14 @@ NEW, FEW_TEXTS, FOLDS = 0.9, 200, 5
 # Where texts are new and those of the training are compared this often on average, at most so many of them: the users' mean is fitted beside an effect of each text's own
 # with this standard deviation, in log-odds. On folds of Polis' statements .5, 1 and 2 were alike, and the common part gained .7 to 1.3 points by it (docs/log.md).
 TEXT_EFFECTS, OFTEN, MOST_TEXTS = 1.0, 4, 4096
+# For that the directions that are looked at must say what the common model says: at least so much of the variance of its margins on held-out comparisons. What they cannot
+# say is lost, and right where the base knew something: with .9 a point of accuracy, with .7 two to four (docs/log.md).
+SAYS = 0.95
+RIDGES = tuple(
+    10.0**power for power in range(-6, 2)
+)  # of mean squared feature; the least that no other beats by MORE_SAID
+MORE_SAID = 0.01
+LARGEST = 1e6  # standard deviation, in log-odds: more is a mistake and overflows
 SEARCHED = 20_000  # comparisons, of as many users, that some fifty candidates are compared on; more move the choice little and cost in proportion
 CAPTURED = 0.8  # of the squared gradients; below it there is a warning
 NO_VALIDATION = "No usable validation comparison is of a user with training comparisons. Nothing has been changed."
@@ -80,13 +88,14 @@ class ShrinkageResult:
             What did best on held-out comparisons and is in the model now: `"shrunk"` (if better by its standard error over users and items, on the folds too where
             there are some), `"trained"` (as it came) or `"common"` (all moves zero).
         scale (`float`), steps (`int`), mean (`bool`):
-            Of the shrunk: standard deviation of a margin at the start (log-odds), EM steps from there, and whether the users' mean was fitted anew.
+            Of the shrunk (where several are averaged, of the best of them): standard deviation of a margin at the start (log-odds), EM steps from there, and whether the
+            users' mean was fitted anew.
         table (`pandas.DataFrame`):
             `state` (`common`, `trained`, `shrunk`), `accuracy` (mean over users) and `log_likelihood` (of a comparison, mean over users, at each
             state's best factor of the margins) on held-out comparisons.
         candidates (`pandas.DataFrame`):
             `scale`, `steps`, `mean`, `text_effects`, `accuracy`, `log_likelihood`, `evidence` of everything tried, by the linearised model, on the users
-            drawn for it (all up to 20,000 comparisons) and on the folds too where there are some.
+            drawn for it (all up to 20,000 comparisons) and on the folds too where there are some; `averaged`: whether the shrunk are the mean over it and others.
         spread ([`~trl_sharelora.new_users.UserSpread`]):
             How users differ: the prior for newcomers, `fit_users(..., spread=result.spread)`.
         captured (`float`):
@@ -96,7 +105,7 @@ class ShrinkageResult:
         text_effects (`float`, *optional*):
             Standard deviation, in log-odds, of the effect of each text's own that the mean was fitted beside; None where there was none.
         averaged (`int`):
-            Of how many of the candidates the shrunk are the mean: where texts are new, of all that `scale` and `steps` do not beat by a standard error.
+            Of how many of the candidates the shrunk are the mean: where texts are new, of all that the best one does not beat by a standard error.
         factor (`float`):
             Share of the moves under the first linearisation that was kept, below 1 where the model is far from linear in them.
         rounds (`int`):
@@ -175,7 +184,8 @@ def shrink_users(
             anything is changed. There the common model is the one trained on all of them, unless its part is fitted anew (`text_effects`). A prompt inside the texts
             is not seen as one.
         scale (`float`, *optional*):
-            Standard deviation of a comparison's margin between users at the start, in log-odds; by default of .25, 1 and 4 the one that does best.
+            Standard deviation of a comparison's margin between users at the start, in log-odds; by default of .25, 1 and 4 (beside `text_effects` of 8 too) the one that
+            does best. Where validation is of new texts all candidates that the best one does not beat by a standard error are averaged.
         steps (`int`, *optional*):
             EM steps; by default of 0 to 12 the number that does best. 0 is a ridge of the same strength for all users and directions.
         mean (`bool`, *optional*):
@@ -185,7 +195,8 @@ def shrink_users(
             Fit the mean anew, from nothing, beside an effect of each text's own with this standard deviation, in log-odds
             ([`~trl_sharelora.empirical_bayes.mean_beside_texts`]): what the common model says of texts that were compared often is then not learned by heart. By default 1
             where validation is of new texts, those of the training (4,096 at most) stand in four comparisons each on average, and neither `mean` nor
-            this is given. `False`: never.
+            this is given; but not where the directions that are looked at say less than 95 % of what the common model says of held-out comparisons (what they cannot say
+            would be lost), nor where 200 texts or more are held out and are likelier with the common part as it came. Both are logged. `False`: never.
         user_column (`str`, *optional*, defaults to `"user_id"`):
             The column that names the user.
         batch_size (`int`, *optional*, defaults to 64):
@@ -200,7 +211,7 @@ def shrink_users(
     Raises:
         DataError: there are no usable comparisons of at least two users, or a row is not one.
         UnknownUserError: a user is not in the model; see [`~trl_sharelora.new_users.fit_users`] for newcomers.
-        ConfigError: `scale`, `steps` or `text_effects` is out of range, or `text_effects` cannot be had (`mean=False`, too many texts); or a plain LoRA came without an `output_dir` of its own or without a tokenizer.
+        ConfigError: `scale`, `steps` or `text_effects` is out of range, or `text_effects` cannot be had (`mean=False`, too many texts or too few comparisons); or a plain LoRA came without an `output_dir` of its own or without a tokenizer.
         MethodError: a plain LoRA cannot be copied exactly; see [`~trl_sharelora.from_lora`].
         NonFiniteError: a reward or gradient is NaN or infinite. In all cases nothing has been changed.
 
@@ -212,17 +223,16 @@ def shrink_users(
     fit_users(trainer.model, answers_of_newcomers, tokenizer, spread=result.spread)
     ```
     """
-    if scale is not None and (
-        isinstance(scale, bool) or not isinstance(scale, (int, float)) or not (scale > 0 and math.isfinite(scale))
-    ):
-        raise ConfigError(f"scale={scale!r} came; a finite standard deviation above 0, in log-odds, is needed.")
+    if scale is not None and not _is_size(scale):
+        raise ConfigError(
+            f"scale={scale!r} came; a standard deviation above 0, in log-odds, {LARGEST:,.0f} at most, is needed."
+        )
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 0):
         raise ConfigError(f"steps={steps!r} came; a whole number of at least 0 is needed.")
     if text_effects is not None and text_effects is not False:
-        number = isinstance(text_effects, (int, float)) and not isinstance(text_effects, bool)
-        if not number or not (text_effects > 0 and math.isfinite(text_effects)):
+        if not _is_size(text_effects):
             raise ConfigError(
-                f"text_effects={text_effects!r} came; a finite standard deviation above 0, in log-odds, False or None is needed."
+                f"text_effects={text_effects!r} came; a standard deviation above 0, in log-odds, {LARGEST:,.0f} at most, False or None is needed."
             )
         if mean is False:
             raise ConfigError(
@@ -281,27 +291,40 @@ def shrink_users(
         if not len(held.user):
             raise DataError(NO_VALIDATION)
         dropped += more_dropped
-    basis, captured = _directions(passes, pairs)
-    margins, features, texts = _linearised(passes, pairs, basis)
-    training = _Training(margins, features, pairs.user, users, texts)
-    if own_validation:
-        held_margins, held_features, _ = _linearised(passes, held, basis)
-        fitted_on = torch.ones(len(margins), dtype=torch.bool)
+        fitted_on = torch.ones(len(pairs.user), dtype=torch.bool)
     else:
         fitted_on = _kept_for_the_fit(pairs.user)
-        held, held_margins, held_features = pairs.of(~fitted_on), margins[~fitted_on], features[~fitted_on]
-        held_prompts = _where(~fitted_on, prompts)
+        held, held_prompts = pairs.of(~fitted_on), _where(~fitted_on, prompts)
         if not len(held.user):
             raise DataError(
                 f"No user has {EVERY} comparisons, so none can be held out to choose by; give validation=. Nothing has been changed."
             )
+    new_texts = own_validation and _new_texts(pairs, held)
+    effect = _effects_of_texts(text_effects, new_texts and mean is None, pairs)
+    basis, captured, of_common = _directions(passes, pairs)
+    training, held_out = _looked_at(passes, pairs, users, held if own_validation else ~fitted_on, basis)
     if not training.size:
         raise DataError(
             "No comparison depends on the users' own parts (B is zero, or the texts are all alike), so there is nothing to shrink. Was the model trained? "
             "Nothing has been changed."
         )
+    if effect is not None:
+        said = training.learn(held_out)
+        if said < SAYS and of_common is not None:  # with one direction more?
+            wider = torch.cat([basis, of_common[None]])
+            again = _looked_at(passes, pairs, users, held if own_validation else ~fitted_on, wider)
+            now = again[0].learn(again[1])
+            if now >= SAYS or (text_effects is not None and now > said):
+                basis, said, (training, held_out) = wider, now, again
+        if said < SAYS:
+            what = f"The directions that are looked at say {100 * max(said, 0):.0f} % of what the common model says of held-out comparisons; what they cannot say"
+            if text_effects is None:
+                logger.info("%s would be lost, so the common part stays as it came.", what)
+                effect = None
+            else:
+                logger.warning("%s is lost, as text_effects=%g asks for a common part fitted anew.", what, effect)
+    margins, features, (held_margins, held_features) = training.margins, training.features, held_out
     judge = _judge(held, held_prompts)
-    new_texts = own_validation and _new_texts(pairs, held)
     folds = _folds(pairs, prompts, held, held_prompts) if new_texts else []
     if folds:
         logger.info(
@@ -324,32 +347,36 @@ def shrink_users(
     parts += [_Part(fitted & in_sample, pairs.user[out], margins[out], features[out]) for fitted, out in folds]
     of_folds = torch.cat([torch.empty(0, dtype=torch.long), *(out.nonzero().flatten() for _, out in folds)])
     of_sample = _judge(held.of(held_in_sample), _where(held_in_sample, held_prompts), pairs, prompts, of_folds)
-    effect = training.text_effects(text_effects, new_texts and mean is None)
-    scales = (*SCALES, *(MORE_SCALES if effect else ())) if scale is None else (scale,)
-    search = _Search(training, parts, of_sample, effect)
-    for one in scales:
-        search.climb(one, mean is not False and effect is None, steps)
-    if mean is None and search.best is not None and effect is None:
-        search.climb(search.best.scale, False, steps)
+
+    def searched(effect: float | None) -> _Search:
+        search = _Search(training, parts, of_sample, effect)
+        for one in (*SCALES, *(MORE_SCALES if effect else ())) if scale is None else (scale,):
+            search.climb(one, mean is not False and effect is None, steps)
+        if mean is None and search.best is not None and effect is None:
+            search.climb(search.best.scale, False, steps)
+        return search
+
+    search = searched(effect)
+    searches, errors = [search], AS_GOOD if new_texts else None
+    picked = search.picked(errors)
+    if effect is not None and text_effects is None and not folds:
+        # is it better than the common part as it came? Few texts cannot tell, nor folds: that was trained on their texts
+        searches.append(searched(None))
+        as_it_came = searches[1].picked(errors)
+        if as_it_came is not None and (picked is None or as_it_came.log_likelihood > picked.log_likelihood):
+            logger.info("Held-out comparisons are likelier with the common part as it came, so it stays.")
+            search, picked, effect = searches[1], as_it_came, None
     best = search.best
-    if best is None or search.step is None:
+    if best is None or search.step is None or picked is None:
         raise NonFiniteError(
             "The evidence is no number at any scale: margins or gradients are too large for it. Has the training diverged? Nothing has been changed."
         )
-    scale, mean = best.scale, best.mean
-    some = search.as_good(AS_GOOD) if new_texts else [best]
-    along = torch.stack([one.along for one in some]).mean(0)
-    if effect is not None and text_effects is None and not folds:
-        # is it better than the common part as it came? Few texts cannot tell, nor folds: that was trained on their texts
-        as_it_came = _solved(training.fitted(parts[0].fitted, None)[0], training.size, some)
-        if as_it_came is not None:
-            states = parts[0].with_moves(as_it_came.users), search.margins + along
-            came, anew = (of_sample.mean(of_sample.judged(margins_).log_likelihood) for margins_ in states)
-            effect = None if came > anew else effect
+    some, along = picked.found, picked.along
+    candidates = pd.DataFrame([row for one in searches for row in one.table(some)]).astype({"text_effects": float})
     fit, common = training.fitted(fitted_on, effect)
     solution = _Solution(search.step.users, [search.step.prior])
-    if not everybody or len(some) > 1 or effect != search.effect:
-        solution = _solved(fit, training.size, some) or solution
+    if not everybody or len(some) > 1:
+        solution = _solved(fit, training.size, effect, some) or solution
     solution = solution.beside(common.moved)
 
     rows = scorer.users.index(names)
@@ -382,9 +409,10 @@ def shrink_users(
     if folds:  # is it better than the common model there too, linearised? What it came with has been trained on them, so validation judges that alone
         before = max(("common", "trained"), key=lambda state: judge.mean(judged[state].log_likelihood))
         pooled = _judge(held, held_prompts, pairs, prompts, of_folds)
+        # "common" is there the one fitted without the fold's texts, if it is fitted anew
         with_folds = {
-            state: pooled.judged(torch.cat([found[state], (search.margins + share * along)[n_held:]]))
-            for state, share in (("common", 0.0), ("shrunk", moves.factor))
+            state: pooled.judged(torch.cat([found[state], (search.margins + moves.factor * moved)[n_held:]]))
+            for state, moved in (("common", search.moved), ("shrunk", search.moved + along))
         }
         better = pooled.best(with_folds, needs_more="shrunk") == "shrunk"
         chosen = "shrunk" if better and (before == "common" or chosen == "shrunk") else before
@@ -395,7 +423,7 @@ def shrink_users(
         )
         # they count too, now that nothing is chosen by them any more
         fit, common = training.fitted(torch.ones_like(fitted_on), effect)
-        again = _solved(fit, training.size, some)
+        again = _solved(fit, training.size, effect, some)
         if again is not None:
             solution = again.beside(common.moved).scaled(moves.factor)
         for _ in range(moves.rounds if chosen == "shrunk" else 0):
@@ -409,13 +437,35 @@ def shrink_users(
             config.trained_users = None  # all who came after the training have been fitted like the others
     if directory is not None:
         _save(scorer, directory, directory != path, chosen != "trained")
+    averaged = len(solution.priors)
+    if chosen != "shrunk":  # newcomers begin where the model is
+        solution = solution.beside(-moves.factor * common.moved)
     result = ShrinkageResult(
-        chosen, scale, best.number, mean or effect is not None, table, pd.DataFrame(search.tried), _as_spread(solution, basis, users),
-        captured, len(pairs.user), users, dropped, len(held.user), effect, len(some), moves.factor, moves.rounds,
+        chosen, best.scale, best.number, best.mean, table, candidates, _as_spread(solution, basis, users),
+        captured, len(pairs.user), users, dropped, len(held.user), effect, averaged, moves.factor, moves.rounds,
     )  # fmt: skip
     for line in str(result).splitlines():
         logger.info(line)
     return result
+
+
+def _is_size(value: Any) -> bool:
+    """Whether it can be a standard deviation in log-odds."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= LARGEST
+
+
+def _effects_of_texts(asked: float | bool | None, fitting: bool, pairs: _Pairs) -> float | None:
+    """The standard deviation of texts' own effects; `fitting`: whether there are to be any if none is asked for."""
+    n, texts = len(pairs.user), len({tuple(text) for side in (pairs.chosen, pairs.rejected) for text in side})
+    possible = texts <= min(n, MOST_TEXTS)
+    if asked and not possible:
+        raise ConfigError(
+            f"text_effects={asked!r} came with {n:,} comparisons of {texts:,} texts; for effects of their own there must be no more texts than comparisons, and {MOST_TEXTS:,} "
+            "at most. Leave it out. Nothing has been changed."
+        )
+    if asked:
+        return float(asked)
+    return TEXT_EFFECTS if asked is None and fitting and possible and 2 * n >= OFTEN * texts else None
 
 
 def _where(keep: torch.Tensor, items: list[str]) -> list[str]:
@@ -479,6 +529,13 @@ def _folds(
     return found
 
 
+class _Linear(NamedTuple):
+    """Comparisons in the model linearised at the common one: margins `(n,)` and features `(n, k)`."""
+
+    margins: torch.Tensor
+    features: torch.Tensor
+
+
 class _CommonPart(NamedTuple):
     """What the common part is changed by: `(k,)`, and what texts' own effects add to the fitted margins `(n,)`."""
 
@@ -496,39 +553,34 @@ class _Training:
     user: torch.Tensor
     n_users: int
     texts: Texts | None
+    learned: torch.Tensor | None = None
 
     @functools.cached_property
     def size(self) -> float:
         """Root mean square length of the features."""
         return float(self.features.square().sum(1).mean().sqrt())
 
-    def text_effects(self, asked: float | bool | None, fitting: bool) -> float | None:
-        """Their standard deviation; `fitting`: whether there are to be any if none is asked for."""
-        n_texts = 0 if self.texts is None else len(self.texts.features)
-        possible = 0 < n_texts <= MOST_TEXTS
-        if asked:
-            if not possible:
-                raise ConfigError(
-                    f"text_effects={asked!r} came; for effects of their own there must be fewer texts than comparisons, and {MOST_TEXTS} at most. "
-                    "Leave it out. Nothing has been changed."
-                )
-            return float(asked)
-        if asked is False or not fitting or not possible or 2 * len(self.user) < OFTEN * n_texts:
-            return None
-        return TEXT_EFFECTS
-
-    @functools.cached_property
-    def learned(self) -> torch.Tensor:
-        """`(k,)`: what of the common model's margins the features can say, by least squares."""
+    def learn(self, held_out: _Linear) -> float:
+        """What of the common model's margins the features can say, into `learned` `(k,)`: by least squares, with the least ridge that no other beats. Returns its share of
+        the squared margins that are held out; below 0 it says worse than nothing."""
         gram = (self.features.T @ self.features).double()
-        gram.diagonal().add_(1e-6 * gram.diagonal().mean())  # what no comparison tells is 0
-        return torch.linalg.solve(gram, self.features.T.double() @ self.margins)
+        values, vectors = torch.linalg.eigh(gram)
+        along = vectors.T @ (self.features.T.double() @ self.margins)
+        total = float(held_out.margins.square().sum()) or 1.0
+        found = []
+        for ridge in RIDGES:  # of what no comparison tells nothing is said
+            learned = vectors @ (along / (values.clamp(min=0) + ridge * gram.diagonal().mean()))
+            left = held_out.margins - held_out.features.double() @ learned
+            found.append((1 - float(left.square().sum()) / total, learned))
+        most = max(said for said, _ in found)
+        said, self.learned = next(one for one in found if one[0] >= most - MORE_SAID)
+        return said
 
     def common(self, keep: torch.Tensor, effect: float | None) -> _CommonPart:
         """As it is, or fitted anew, from nothing, beside texts' effects of that standard deviation, to the comparisons `keep` `(n,)`."""
         if effect is None:
             return _CommonPart(self.features.new_zeros(self.features.shape[1]), torch.zeros(int(keep.sum())).double())
-        assert self.texts is not None
+        assert self.texts is not None and self.learned is not None
         texts = self.texts.of(keep)
         left = self.margins[keep] - self.features[keep].double() @ self.learned
         found = mean_beside_texts(texts, left, effect / self.size, effect)
@@ -557,10 +609,18 @@ class _Part(NamedTuple):
 
 class _Found(NamedTuple):
     scale: float
-    mean: bool
+    mean: bool  # fitted, by EM or anew beside texts' effects
     number: int  # of EM steps
     along: torch.Tensor  # (n,) what the moves add to the margins of all that is held out
     log_likelihoods: torch.Tensor  # (n,) with them
+    log_likelihood: float
+    accuracy: float
+    evidence: float
+
+
+class _Picked(NamedTuple):
+    found: list[_Found]
+    along: torch.Tensor  # (n,) their mean
     log_likelihood: float
 
 
@@ -578,13 +638,10 @@ class _Search:
         self.parts, self.judge, self.size, self.effect = parts, judge, training.size, effect
         fitted = [training.fitted(part.fitted, effect) for part in parts]
         self.fits = [fit for fit, _ in fitted]
-        self.margins = torch.cat(
-            [
-                part.margins + part.features.mv(common.moved).double()
-                for part, (_, common) in zip(parts, fitted, strict=True)
-            ]
+        self.margins = torch.cat([part.margins for part in parts])  # as the model came
+        self.moved = torch.cat(
+            [part.features.mv(common.moved).double() for part, (_, common) in zip(parts, fitted, strict=True)]
         )
-        self.tried: list[dict[str, float | None]] = []
         self.found: list[_Found] = []
         self.best: _Found | None = None
         self.step: Step | None = None  # the best one's, of the first part
@@ -602,25 +659,41 @@ class _Search:
                     for part, step in zip(self.parts, state, strict=True)
                 ]
             )
-            accuracy, likelihoods = self.judge.judged(self.margins + along)
+            accuracy, likelihoods = self.judge.judged(self.margins + self.moved + along)
             likelihood, step = self.judge.mean(likelihoods), state[0]
-            self.found.append(_Found(scale, mean, step.number, along, likelihoods, likelihood))
-            self.tried.append(
-                {
-                    "scale": scale,
-                    "steps": step.number,
-                    "mean": mean,
-                    "text_effects": self.effect,
-                    "accuracy": accuracy,
-                    "log_likelihood": likelihood,
-                    "evidence": step.evidence,
-                }
+            fitted = mean or self.effect is not None
+            self.found.append(
+                _Found(scale, fitted, step.number, along, likelihoods, likelihood, accuracy, step.evidence)
             )
             if self.best is None or likelihood > self.best.log_likelihood:
                 self.best, self.step = self.found[-1], step
             peak, since = (likelihood, 0) if likelihood > peak else (peak, since + 1)
             if since == PATIENCE:
                 return
+
+    def picked(self, errors: float | None) -> _Picked | None:
+        """The best one, or the mean of all that it does not beat by so many standard errors; None where there is none."""
+        if self.best is None:
+            return None
+        found = [self.best] if errors is None else self.as_good(errors)
+        along = torch.stack([one.along for one in found]).mean(0)
+        judged = self.judge.judged(self.margins + self.moved + along)
+        return _Picked(found, along, self.judge.mean(judged.log_likelihood))
+
+    def table(self, averaged: list[_Found]) -> list[dict[str, float | None]]:
+        """All that was tried."""
+        fields = ("accuracy", "log_likelihood", "evidence")
+        return [
+            {
+                "scale": one.scale,
+                "steps": one.number,
+                "mean": one.mean,
+                "text_effects": self.effect,
+                **{name: getattr(one, name) for name in fields},
+                "averaged": len(averaged) > 1 and any(one is other for other in averaged),
+            }
+            for one in self.found
+        ]
 
     def as_good(self, errors: float) -> list[_Found]:
         """Those that the best one does not beat by more than so many standard errors."""
@@ -802,21 +875,22 @@ def _steps(fit: Comparisons, tau: float, steps: int, mean: bool) -> Iterator[Ste
         yield step
 
 
-def _solved(fit: Comparisons, size: float, some: list[_Found]) -> _Solution | None:
-    """The mean of the users' parts after some numbers of EM steps from some scales; where EM ends before them its last state; None where it has none."""
-    asked: dict[tuple[float, bool], set[int]] = {}
+def _solved(fit: Comparisons, size: float, effect: float | None, some: list[_Found]) -> _Solution | None:
+    """The mean of the users' parts after some numbers of EM steps from some scales; where EM ends before one of them its last state; None where it has none."""
+    asked: dict[tuple[float, bool], list[int]] = {}
     for one in some:
-        asked.setdefault((one.scale, one.mean), set()).add(one.number)
+        asked.setdefault((one.scale, one.mean and effect is None), []).append(one.number)
     users = torch.zeros(fit.n_users, fit.features.shape[1])
     priors: list[Prior] = []
     for (scale, mean), numbers in asked.items():
-        before, last = len(priors), None
+        last = None
         for step in _steps(fit, scale / size, max(numbers), mean):
             last = step
             if step.number in numbers:
                 users, priors = users + step.users, [*priors, step.prior]
-        if last is not None and len(priors) == before:
-            users, priors = users + last.users, [*priors, last.prior]
+        beyond = [number for number in numbers if last is not None and number > last.number]
+        if last is not None and beyond:
+            users, priors = users + len(beyond) * last.users, [*priors, *[last.prior] * len(beyond)]
     return _Solution(users / len(priors), priors) if priors else None
 
 
@@ -829,14 +903,14 @@ def _lasting(states: Iterator[Step]) -> Iterator[Step | None]:
         yield last
 
 
-def _directions(passes: _Passes, pairs: _Pairs) -> tuple[torch.Tensor, float]:
-    """`(k, entries)`, orthonormal: the directions in which the comparisons' gradients at D = 0 are large; and their share of the squared length of
-    gradients that they were not found from."""
+def _directions(passes: _Passes, pairs: _Pairs) -> tuple[torch.Tensor, float, torch.Tensor | None]:
+    """`(k, entries)`, orthonormal: the directions in which the comparisons' gradients at D = 0 are large; their share of the squared length of
+    gradients that they were not found from; and `(entries,)`, orthogonal to them, the one that is missing to say what the common model says, if one is."""
     n, entries = len(pairs.user), passes.bank.entries
     sample = torch.from_numpy(np.random.default_rng(0).permutation(n)[: max(64, min(SAMPLE, MOST_NUMBERS // entries))])
     keep = torch.zeros(n, dtype=torch.bool)
     keep[sample] = True
-    _, gradients, _ = _linearised(passes, pairs.of(keep), None)
+    margins, gradients, _ = _linearised(passes, pairs.of(keep), None)
     unseen = (
         torch.arange(len(gradients)) % 8 == 7
         if len(gradients) >= 64
@@ -845,7 +919,9 @@ def _directions(passes: _Passes, pairs: _Pairs) -> tuple[torch.Tensor, float]:
     used = gradients[~unseen]
     values, vectors = torch.linalg.eigh(_gram(used))
     large = values > 1e-6 * values[-1].clamp(min=1e-30)
-    vectors = vectors[:, large].flip(1) if bool(values[-1] > 0) else vectors[:, -1:]
+    if not bool(values[-1] > 0):
+        large[-1] = True
+    values, vectors = values[large].flip(0), vectors[:, large].flip(1)
     total = float(gradients[unseen].square().sum())
     for directions in DIRECTIONS:
         basis = torch.linalg.qr((vectors[:, :directions].T.float() @ used).T)[0].T.contiguous()
@@ -858,22 +934,42 @@ def _directions(passes: _Passes, pairs: _Pairs) -> tuple[torch.Tensor, float]:
             len(basis),
             100 * captured,
         )
-    return basis.to(passes.scorer.device), captured
+    device = passes.scorer.device
+    # what reproduces the common model's margins on these comparisons, less what the others hold of it
+    weights = vectors @ (vectors.T @ margins[~unseen].to(vectors) / values.clamp(min=1e-30))
+    missing = weights.float() @ used
+    for _ in range(2):  # twice is enough (Kahan): what is left may be small
+        missing = missing - basis.T @ (basis @ missing)
+    length = float(missing.norm())
+    found = (missing / length).to(device) if math.isfinite(length) and length > 0 else None
+    return basis.to(device), captured, found
+
+
+def _looked_at(
+    passes: _Passes, pairs: _Pairs, users: int, held: _Pairs | torch.Tensor, basis: torch.Tensor
+) -> tuple[_Training, _Linear]:
+    """The training comparisons and those held out, which are some of the training's `(n,)` bool or others, along the basis."""
+    margins, features, texts = _linearised(passes, pairs, basis)
+    if isinstance(held, torch.Tensor):
+        held_out = _Linear(margins[held], features[held])
+    else:
+        held_out = _Linear(*_linearised(passes, held, basis)[:2])
+    return _Training(margins, features, pairs.user, users, texts), held_out
 
 
 def _linearised(
-    passes: _Passes, pairs: _Pairs, basis: torch.Tensor | None
+    passes: _Passes, pairs: _Pairs, basis: torch.Tensor | None, once: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor, Texts | None]:
     """Margins `(n,)` and gradients along the basis `(n, k)` at the common model; and the texts, if these are fewer than comparisons.
 
-    At the common model nobody differs, so it is enough to look once at each text.
+    At the common model nobody differs, so it is enough to look `once` at each text.
     """
     number: dict[tuple[int, ...], int] = {}
     chosen, rejected = (
         torch.tensor([number.setdefault(tuple(text), len(number)) for text in side])
         for side in (pairs.chosen, pairs.rejected)
     )
-    once = len(number) <= len(pairs.user)
+    once = once and len(number) <= len(pairs.user)
     looked_at = pairs
     if once:  # each text against the shortest
         texts = [list(text) for text in number]
@@ -886,6 +982,8 @@ def _linearised(
         gradients = of_texts[chosen] - of_texts[rejected]
     bad = ~(margins.isfinite() & gradients.isfinite().all(1))
     if bool(bad.any()):
+        if once:  # the text that all are set against may be the one that is bad: which comparisons are?
+            return _linearised(passes, pairs, basis, once=False)
         raise NonFiniteError(
             f"The rewards of {int(bad.sum())} of {len(bad)} comparisons, or their gradients, are NaN or infinite. The model has diverged, or the "
             "base's dtype overflows (load it in float32 or bfloat16). Nothing has been changed."
