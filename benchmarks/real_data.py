@@ -38,6 +38,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -470,8 +471,12 @@ def main() -> int:
     for logger in ("trl", "trl_sharelora"):
         logging.getLogger(logger).setLevel(logging.ERROR)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    if args.reuse:
-        unpack(args.reuse, args.output_dir)
+    try:
+        if args.reuse:
+            unpack(args.reuse, args.output_dir)
+    except (OSError, EOFError, ValueError, KeyError, zlib.error) as error:
+        print(f"Nothing was measured: --reuse {args.reuse} is not what a run leaves beside its page ({error!r}).")
+        return 2
     file: File | None = None
     for name, view, seed, path in runs(args, names):
         result: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
@@ -506,9 +511,9 @@ def main() -> int:
         print(f"  {time.perf_counter() - start:.0f} s", flush=True)
     if not args.no_report:
         page = args.results or (args.output_dir / "results.md" if args.quick else here.parent / "docs" / "results.md")
-        real_data_report.write(args.output_dir, page, args.data_dir)
-        pack(args.output_dir, page.with_name(f"{page.stem}_figures.jsonl.gz"))
-        print(f"Written: {page}")
+        if real_data_report.write(args.output_dir, page, args.data_dir):
+            pack(args.output_dir, page.with_name(f"{page.stem}_figures.jsonl.gz"))
+            print(f"Written: {page}")
     return 0
 
 

@@ -49,6 +49,8 @@ class Difference(NamedTuple):
     seeds: tuple[float, float]  # over seeds; NaN for one
 
     def __str__(self) -> str:
+        if not np.isfinite(self.mean):  # no seed has both
+            return ""
         over_seeds = f" [{self.seeds[0]:+.1f}, {self.seeds[1]:+.1f}]" if np.isfinite(self.seeds[0]) else ""
         return f"{self.mean:+.2f} [{self.users[0]:+.1f}, {self.users[1]:+.1f}]{over_seeds}"
 
@@ -76,7 +78,7 @@ class View:
         self.rows = results[0]["rows"]
         self.methods = [name for name in METHODS if any(name in one["methods"] for one in results)]
         of = {name: [one for one in results if name in one["methods"]] for name in self.methods}
-        # what takes long has fewer seeds: compared on these, and never the best
+        # what takes long has fewer seeds: it is compared on these, and neither the best nor chosen
         self.partly = {name: len(those) for name, those in of.items() if len(those) < len(results)}
         self.counts, self.validations = (
             {name: {one["seed"]: one["methods"][name][part] for one in those} for name, those in of.items()}
@@ -97,12 +99,13 @@ class View:
     def _choice(self, seed: int) -> str:
         """The form of ShareLoRA with the best validation, on the first seed, among those that beat [`SHRUNK`] there by an interval over users that excludes zero;
         else that one."""
+        forms = [name for name in self.shared if name not in self.partly] or self.shared
         first = {name: {seed: counts[seed]} for name, counts in self.validations.items() if seed in counts}
-        if SHRUNK not in first:
-            return max(self.shared, key=self.validation.__getitem__)
+        if SHRUNK not in first or SHRUNK in self.partly:
+            return max(forms, key=self.validation.__getitem__)
         better = {
             name: found.mean
-            for name in self.shared
+            for name in forms
             if name in first and name != SHRUNK and (found := self._paired(first, name, SHRUNK)).users[0] > 0
         }
         return max(better, key=better.__getitem__, default=SHRUNK)
@@ -137,6 +140,9 @@ class View:
         own: dict[str, list[float]] = defaultdict(list)
         seeds = []
         both = [seed for seed in counts[method] if seed in counts[other]]
+        if not both:
+            nothing = (np.nan, np.nan)
+            return Difference(np.nan, nothing, nothing)
         pairs = (_accuracies(counts[name][seed] for seed in both) for name in (method, other))
         for one, two in zip(*pairs, strict=True):
             for user in one:
@@ -213,14 +219,17 @@ def newcomer_curves(results: list[dict[str, Any]]) -> dict[str, dict[int, list[f
 
 def newcomer_gains(
     results: list[dict[str, Any]], method: str, n: str, other: str, others_n: str
-) -> tuple[float, tuple[float, float]]:
-    """Points of one method with n answers over another with so many, with a 95 % interval over users; who was a newcomer in several seeds is one."""
+) -> tuple[float, tuple[float, float]] | None:
+    """Points of one method with n answers over another with so many, with a 95 % interval over users; who was a newcomer in several seeds is one. None where no seed
+    has both."""
     found: dict[str, list[float]] = defaultdict(list)
     for one in results:
-        than = one["by_answers"][other][others_n]
-        for user, (right, total) in one["by_answers"][method][n].items():
-            found[user].append(100 * (right - than[user][0]) / total)
-    return float(np.mean([np.mean(one) for one in found.values()])), _interval(found.values())
+        by_answers = one["by_answers"]
+        than = by_answers.get(other, {}).get(others_n, {})
+        for user, (right, total) in by_answers.get(method, {}).get(n, {}).items():
+            if user in than:
+                found[user].append(100 * (right - than[user][0]) / total)
+    return (float(np.mean([np.mean(one) for one in found.values()])), _interval(found.values())) if found else None
 
 
 def answers_given(results: list[dict[str, Any]], path: Path) -> dict[int, float]:
@@ -247,16 +256,13 @@ def newcomer_table(results: list[dict[str, Any]], given: dict[int, float]) -> st
     if ours in curves:
         over_common, over_best = [], []
         for n in answers:
-            if n not in curves[ours]:
-                over_common.append("")
-                over_best.append("")
-                continue
             rivals = {
                 name: np.mean(by[n]) for name, by in curves.items() if not name.startswith("ShareLoRA") and n in by
             }
-            gains = [(results, ours, str(n), "ShareLoRA, common model", "0"), (results, ours, str(n), max(rivals, key=rivals.__getitem__), str(n))]  # fmt: skip
-            for cells, (mean, (low, high)) in zip((over_common, over_best), (newcomer_gains(*one) for one in gains), strict=True):  # fmt: skip
-                cells.append(f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]")
+            best = max(rivals, key=rivals.__getitem__, default="")
+            for cells, other, others_n in ((over_common, "ShareLoRA, common model", 0), (over_best, best, n)):
+                gain = newcomer_gains(results, ours, str(n), other, str(others_n))
+                cells.append(f"{gain[0]:+.1f} [{gain[1][0]:+.1f}, {gain[1][1]:+.1f}]" if gain else "")
         lines.append("| ShareLoRA over its common model [over users] | " + " | ".join(over_common) + " |")
         lines.append("| ShareLoRA over the best baseline [over users] | " + " | ".join(over_best) + " |")
     return "\n".join(lines)
@@ -336,8 +342,8 @@ def _missing(views: list[View], newcomers: bool) -> str:
     return f"**Not measured on this base yet:** {', '.join(names)}. [log.md](log.md) has what was found on earlier bases.\n\n"
 
 
-def write(figures: Path, page: Path, data_dir: Path) -> None:
-    """The page and, in `images` beside it, its pictures.
+def write(figures: Path, page: Path, data_dir: Path) -> bool:
+    """The page and, in `images` beside it, its pictures; whether there was anything to report.
 
     Args:
         figures (`Path`): Where benchmarks/real_data.py left its .json files.
@@ -356,7 +362,7 @@ def write(figures: Path, page: Path, data_dir: Path) -> None:
     gains = gains_at_most(order, data_dir, figures / "doctor_gains.json")
     if not views:
         print("Nothing to report: no file and question has baselines and ShareLoRA in every seed yet.")
-        return
+        return False
     images = page.parent / "images"
     images.mkdir(parents=True, exist_ok=True)
     prefix = "results"
@@ -364,7 +370,7 @@ def write(figures: Path, page: Path, data_dir: Path) -> None:
     parts = [
         HEAD.format(
             missing=_missing(views, bool(newcomers)),
-            seeds=max(view.seeds for view in views),
+            seeds="/".join(map(str, sorted({view.seeds for view in views}))),
             commits=", ".join(
                 sorted({name for of in found.values() for one in of for name in one.get("commits", [])})
             ),
@@ -387,12 +393,13 @@ def write(figures: Path, page: Path, data_dir: Path) -> None:
         parts.append(f"### {view.set}, {TITLES[view.view]} ({view.seeds} seeds; seed 0: {counts})\n\n{table(view)}")
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n\n".join(textwrap.dedent(part).strip("\n") for part in parts) + "\n", encoding="utf-8")
+    return True
 
 
 HEAD = """
 # Preferences of real people
 
-Made by `python benchmarks/real_data.py` (its docstring says what is measured and how; 5 seeds, of Polis' new statements up to {seeds}, each with a split of its own; commits {commits}) from
+Made by `python benchmarks/real_data.py` (its docstring says what is measured and how; {seeds} seeds, the most of Polis' new statements, each with a split of its own; commits {commits}) from
 the files described there; not edited by hand. Base: all-MiniLM-L6-v2, frozen, mean over tokens and log length (385 numbers); above it a linear layer, a frozen one that
 adds how similar the result is to each of the file's texts (it knows the texts and no vote), a second linear layer and a linear head. Both linear layers are the identity, and LoRA goes
 on both. The linear baselines stand on the same numbers: one ridge head, a ridge offset per user, a low-rank basis with user weights (the form of LoRe); `popularity` is the text that more
@@ -405,7 +412,7 @@ it works in any base and in all layers.
 
 Accuracy in %, mean over users. Intervals are 95 % Student: [over users], each his mean over seeds, paired; and [over splits], of the mean over users; splits of one
 file share rows, so this one is too narrow as a statement about other data (Nadeau and Bengio, 2003). "better" and "worse" need both; a dozen such verdicts stand
-here uncorrected. The common model is the better of ridge head and common LoRA on test. ShareLoRA's form is `shrunk` unless another one is better on the first seed's validation by an
+here uncorrected. The common model is the better of ridge head and common LoRA on test; what was measured on some of the seeds is compared on these and is neither best nor chosen. ShareLoRA's form is `shrunk` unless another one is better on the first seed's validation by an
 interval over users that excludes zero. Test is scored once per seed. "Doctor" is `trl-sharelora data check`: what a simple personal model gains, and the most any could.
 """
 GAINS = "![Gain over the common model](images/results_gains.png)"

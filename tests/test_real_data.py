@@ -228,6 +228,21 @@ def test_the_whole_script(ways, data, encoder, tmp_path, monkeypatch, capsys):
     asked = ("ShareLoRA AB", "common head + own ridge")
     assert partly.difference(*asked).users == one_seed.difference(*asked).users
     assert partly.difference("ShareLoRA AB", "common head") == view.difference("ShareLoRA AB", "common head")
+    del found[f"{NAME}-seen-0.json"]["methods"]["LoRA per user"]
+    apart = report.View([found[f"{NAME}-seen-{seed}.json"] for seed in (0, 1)])
+    assert str(apart.difference("LoRA per user", "common head + own ridge")) == ""  # no seed has both
+    lacking = [json.loads(json.dumps(found[f"{NAME}-seen-{seed}.json"])) for seed in (0, 1)]
+    del lacking[1]["methods"][view.chosen]
+    assert report.View(lacking).chosen != view.chosen  # not what some seeds lack
+    newcomers = [found[f"{NAME}-new_users-{seed}.json"] for seed in (0, 1)]
+    asked = ("ShareLoRA, newcomers by the learned prior", "5", "common LoRA", "5")
+    both = [report.newcomer_gains(some, *asked) for some in (newcomers, newcomers[:1])]
+    del newcomers[1]["by_answers"]["common LoRA"]
+    assert report.newcomer_gains(newcomers, *asked) == both[1] != both[0]
+    assert report.newcomer_gains(newcomers, "absent", *asked[1:]) is None
+    # an archive that is none
+    archive.write_bytes(archive.read_bytes()[:50])
+    assert real_data.main() == 2 and "is not what a run leaves" in capsys.readouterr().out
 
 
 def test_more_splits_where_each_says_little(ways, tmp_path):

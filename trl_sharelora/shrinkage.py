@@ -312,10 +312,10 @@ def shrink_users(
         said = training.learn(held_out)
         if said < SAYS and of_common is not None:  # with one direction more?
             wider = torch.cat([basis, of_common[None]])
-            again = _looked_at(passes, pairs, users, held if own_validation else ~fitted_on, wider)
-            now = again[0].learn(again[1])
+            anew = _looked_at(passes, pairs, users, held if own_validation else ~fitted_on, wider)
+            now = anew[0].learn(anew[1])
             if now >= SAYS or (text_effects is not None and now > said):
-                basis, said, (training, held_out) = wider, now, again
+                basis, said, (training, held_out) = wider, now, anew
         if said < SAYS:
             what = f"The directions that are looked at say {100 * max(said, 0):.0f} % of what the common model says of held-out comparisons; what they cannot say"
             if text_effects is None:
