@@ -66,7 +66,7 @@ NEW, FEW_TEXTS, FOLDS = 0.9, 200, 5
 # with this standard deviation, in log-odds. On folds of Polis' statements .5, 1 and 2 were alike, and the common part gained .7 to 1.3 points by it (docs/log.md).
 TEXT_EFFECTS, OFTEN, MOST_TEXTS = 1.0, 4, 4096
 # For that the directions that are looked at must say what the common model says: at least so much of the variance of its margins on held-out comparisons. What they cannot
-# say is lost, and right where the base knew something: with .9 a point of accuracy, with .7 two to four (docs/log.md).
+# say is lost, also where the base was right: in worlds where it is, below .95 the refit lost as often as it gained, below .7 two points on average (docs/log.md).
 SAYS = 0.95
 RIDGES = tuple(
     10.0**power for power in range(-6, 2)
