@@ -419,11 +419,10 @@ def pack(figures: Path, archive: Path) -> None:
 def unpack(archive: Path, figures: Path) -> None:
     """The figures of an archive, where there are none yet."""
     with gzip.open(archive, "rt", encoding="utf-8") as file:
-        for line in file:
-            one = json.loads(line)
-            path = figures / Path(one.pop("name")).name
-            if not path.is_file():
-                path.write_text(json.dumps(one) + "\n", encoding="utf-8")
+        found = {figures / Path(one.pop("name")).name: one for one in map(json.loads, file)}
+    for path, one in found.items():
+        if not path.is_file():
+            path.write_text(json.dumps(one) + "\n", encoding="utf-8")
 
 
 def main() -> int:
@@ -474,7 +473,7 @@ def main() -> int:
     try:
         if args.reuse:
             unpack(args.reuse, args.output_dir)
-    except (OSError, EOFError, ValueError, KeyError, zlib.error) as error:
+    except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, zlib.error) as error:
         print(f"Nothing was measured: --reuse {args.reuse} is not what a run leaves beside its page ({error!r}).")
         return 2
     file: File | None = None

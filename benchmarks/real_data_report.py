@@ -90,8 +90,10 @@ class View:
         self.settings = {name: [one["methods"][name]["settings"] for one in those] for name, those in of.items()}
         self.shared = [name for name in self.methods if name.startswith("ShareLoRA")]
         self.baselines = [name for name in self.methods if name not in (*self.shared, PRIOR, *self.partly)]
-        if not self.shared or not self.baselines:
-            raise ValueError(f"{self.set}, {self.view}: a comparison needs a baseline and a ShareLoRA form.")
+        if not self.shared or not any(name in self.baselines for name in COMMON):
+            raise ValueError(
+                f"{self.set}, {self.view}: a comparison needs a common model in all seeds and a ShareLoRA form."
+            )
         self.chosen = self._choice(results[0]["seed"])
         self.best = max(self.baselines, key=self.accuracy)
         self.common = max((name for name in COMMON if name in self.baselines), key=self.accuracy)
@@ -154,6 +156,8 @@ class View:
 def verdict(difference: Difference) -> str:
     """What the two intervals say together: a difference must be clear over users and, if there are several, over splits."""
     intervals = [one for one in (difference.users, difference.seeds) if np.isfinite(one[0])]
+    if not intervals:
+        return ""
     if all(low > 0 for low, _ in intervals):
         return "better"
     return "worse" if all(high < 0 for _, high in intervals) else "level"
@@ -240,8 +244,9 @@ def answers_given(results: list[dict[str, Any]], path: Path) -> dict[int, float]
         rows = [json.loads(line) for line in file]
     users = sorted({row["user_id"] for row in rows})
     counts = Counter(row["user_id"] for row in rows if row["split"] == "train")
-    new = [users[int(user)] for one in results for user in one["by_answers"]["common LoRA"]["0"]]
-    answers = {int(n) for one in results for n in one["by_answers"]["common LoRA"]}
+    found = [[by for method in one["by_answers"].values() for by in method.items()] for one in results]
+    new = [users[int(user)] for by_answers in found for user in by_answers[0][1]]
+    answers = {int(n) for by_answers in found for n, _ in by_answers}
     return {n: float(np.mean([counts[user] >= n for user in new])) for n in answers}
 
 
@@ -256,8 +261,11 @@ def newcomer_table(results: list[dict[str, Any]], given: dict[int, float]) -> st
     if ours in curves:
         over_common, over_best = [], []
         for n in answers:
+            draws = len(curves[ours].get(n, ()))
             rivals = {
-                name: np.mean(by[n]) for name, by in curves.items() if not name.startswith("ShareLoRA") and n in by
+                name: np.mean(by[n])
+                for name, by in curves.items()
+                if draws and not name.startswith("ShareLoRA") and len(by.get(n, ())) == draws
             }
             best = max(rivals, key=rivals.__getitem__, default="")
             for cells, other, others_n in ((over_common, "ShareLoRA, common model", 0), (over_best, best, n)):

@@ -206,6 +206,17 @@ def test_a_mean_beside_texts_needs_standard_deviations(arguments):
         mean_beside_texts(
             Texts(chosen, rejected, features), torch.zeros(20), **{"tau": 1.0, "scale": 1.0, **arguments}
         )
+    offsets, nothing = torch.zeros(20), torch.zeros(20)
+    offsets[3] = float("nan")
+    with pytest.raises(NonFiniteError, match="0 of 5 texts have NaN or infinite features, 1 of 20 comparisons"):
+        mean_beside_texts(Texts(chosen, rejected, features), offsets, tau=1.0, scale=1.0)
+    with pytest.raises(NonFiniteError, match="1 of 5 texts"):
+        mean_beside_texts(
+            Texts(chosen, rejected, features.index_fill(0, torch.tensor([2]), float("inf"))),
+            nothing,
+            tau=1.0,
+            scale=1.0,
+        )
 
 
 def test_bad_input():

@@ -240,9 +240,22 @@ def test_the_whole_script(ways, data, encoder, tmp_path, monkeypatch, capsys):
     del newcomers[1]["by_answers"]["common LoRA"]
     assert report.newcomer_gains(newcomers, *asked) == both[1] != both[0]
     assert report.newcomer_gains(newcomers, "absent", *asked[1:]) is None
-    # an archive that is none
-    archive.write_bytes(archive.read_bytes()[:50])
-    assert real_data.main() == 2 and "is not what a run leaves" in capsys.readouterr().out
+    assert report.answers_given(newcomers, data / f"{NAME}.jsonl.gz")[5] == 1.0
+    # a rival of one draw is none: it may have been the easier one
+    easier = json.loads(json.dumps(newcomers[0]))
+    easier["by_answers"]["easy"] = {
+        "5": {user: [total, total] for user, (_, total) in easier["by_answers"]["common head"]["5"].items()}
+    }
+    tables = [report.newcomer_table([one, newcomers[0]], {}) for one in (easier, newcomers[0])]
+    assert tables[0].splitlines()[-1] == tables[1].splitlines()[-1]
+    # an archive that is none, or torn: nothing of it is taken
+    whole = archive.read_bytes()
+    for wrong in (whole[: len(whole) // 2], real_data.gzip.compress(b"[1]\n"), b"text"):
+        archive.write_bytes(wrong)
+        torn = tmp_path / "torn"
+        monkeypatch.setattr(sys, "argv", [*command[:-3], str(torn), *command[-2:]])
+        assert real_data.main() == 2 and "is not what a run leaves" in capsys.readouterr().out
+        assert not list(torn.glob("**/*.json"))
 
 
 def test_more_splits_where_each_says_little(ways, tmp_path):

@@ -414,14 +414,76 @@ def test_where_many_texts_are_new_they_say_whether_the_common_part_stays(monkeyp
     assert best["averaged"].any() and result.averaged == tried["averaged"].sum()
 
 
-def test_what_is_refused_is_not_handed_to_newcomers():
+@pytest.mark.parametrize(
+    ("factor", "arguments"), [(1.0, {"text_effects": 1.0}), (0.5, {"text_effects": 1.0}), (1.0, {"mean": True})]
+)
+@pytest.mark.parametrize("chosen", ["common", "trained"])
+def test_what_is_refused_is_not_handed_to_newcomers(monkeypatch, factor, arguments, chosen):
+    """Where validation refuses what is shrunk newcomers get how users differ, and no mean that the model does not have."""
     model, train, held, _ = by_heart()
-    model.get_base_model().classifier.weight.data = torch.tensor(
-        np.random.default_rng(0).standard_normal(60) * 0.25
-    ).float()[None]
-    result = shrink_users(model, train, TOKENIZER, validation=held, text_effects=1.0, steps=0, scale=8.0)
-    assert result.chosen == "common"
-    assert float(result.spread.mean.abs().max()) < 1e-4 * float(result.spread.scales[0])
+    moves = _UserMoves(model)
+    moves.write(0, torch.full((moves.entries,), 0.01))
+
+    def refused(passes, fitted, held, judge, basis, solution, along, common, beside):
+        return shrinkage._Moves(solution.scaled(factor), torch.zeros_like(common), factor, 0)
+
+    monkeypatch.setattr(shrinkage, "_settled", refused)
+    monkeypatch.setattr(shrinkage.HeldOut, "best", lambda self, found, needs_more: chosen)
+    monkeypatch.setattr(shrinkage, "_folds", lambda *arguments: [])
+    result = shrink_users(model, train, TOKENIZER, validation=held, steps=1, scale=8.0, **arguments)
+    assert result.chosen == chosen and float(result.spread.scales[0]) > 0
+    size = float(result.spread.mean.abs().max()) / float(result.spread.scales[0])
+    if chosen == "trained" and "mean" in arguments:  # beside what the users have, which is no refit of the common part
+        assert size > 0.01
+    else:
+        assert size < 1e-4
+
+
+def test_what_the_features_say_of_the_common_model():
+    """With as many features as texts least squares says all of the fitted margins and worse than nothing of others; a ridge that says more of these is taken."""
+    draw = torch.Generator().manual_seed(0)
+    texts = torch.randn(400, 90, generator=draw)
+    weight = torch.randn(90, generator=draw)
+    for noise, least in ((0.0, True), (9.0, False)):
+        rewards = (texts @ weight).double() + noise * torch.randn(400, generator=draw).double()
+        chosen, rejected = (torch.randint(0, 100, (2000,), generator=draw) for _ in "ab")
+        new, other = (torch.randint(100, 400, (500,), generator=draw) for _ in "ab")
+        training = shrinkage._Training(
+            rewards[chosen] - rewards[rejected], texts[chosen] - texts[rejected], None, 1, None
+        )
+        held_out = shrinkage._Linear(rewards[new] - rewards[other], texts[new] - texts[other])
+        said = training.learn(held_out)
+        x, y = training.features.double(), training.margins
+        gram = x.T @ x
+        found = {}
+        for ridge in shrinkage.RIDGES:
+            found[ridge] = torch.linalg.solve(gram + ridge * gram.diagonal().mean() * torch.eye(90), x.T @ y)
+        left = {r: 1 - float((held_out.margins - held_out.features.double() @ w).square().sum() / held_out.margins.square().sum()) for r, w in found.items()}  # fmt: skip
+        taken = min(ridge for ridge, one in left.items() if one >= max(left.values()) - shrinkage.MORE_SAID)
+        assert said == pytest.approx(left[taken], abs=1e-4)
+        torch.testing.assert_close(training.learned, found[taken], atol=1e-3, rtol=1e-3)
+        assert (taken == min(shrinkage.RIDGES)) == least and (said > 0.999 if least else left[1e-6] < said - 0.1)
+    training.features = training.features * 1e20
+    with pytest.raises(NonFiniteError, match="their squares overflow"):
+        training.learn(held_out)
+
+
+def test_without_new_texts_held_out_it_says_that_nothing_can_tell_what_a_refit_loses(caplog):
+    model, train, _, _ = by_heart(n=20)
+    with caplog.at_level("WARNING", logger="trl_sharelora"):
+        shrink_users(model, train, TOKENIZER, text_effects=1.0, steps=0, scale=1.0)
+    assert "no comparisons of new texts are held out that could tell whether" in caplog.text
+
+
+def test_no_direction_is_missing_where_all_are_looked_at():
+    for size, known in ((6, 0.0), (6, 2.0)):
+        model = linear_model(size=size)
+        model.get_base_model().frozen = known * torch.randn(TEXTS, generator=torch.Generator().manual_seed(0))
+        scorer = shrinkage._open(model, TOKENIZER, 64, {})[0]
+        rows = world(model, 3.0, 20)
+        pairs = shrinkage._tokenised(rows, scorer.users.index(rows["user_id"]), scorer, None)[1]
+        basis, _, missing = shrinkage._directions(shrinkage._Passes(scorer), pairs)
+        assert missing is None and len(basis) == size  # one direction of A for each feature
 
 
 def test_a_common_part_that_users_parts_cannot_say_is_not_fitted_anew(caplog):
@@ -430,7 +492,10 @@ def test_a_common_part_that_users_parts_cannot_say_is_not_fitted_anew(caplog):
     before = accuracy(came, test)
     with caplog.at_level("INFO", logger="trl_sharelora"):
         default = shrink_users(came, train, TOKENIZER, validation=held)
-    assert default.text_effects is None and "would be lost, so the common part stays as it came" in caplog.text
+    assert (
+        default.text_effects is None
+        and "the common part stays as it came, for what the users' parts cannot say" in caplog.text
+    )
     model = by_heart(known=2.0)[0]
     other = shrink_users(model, train, TOKENIZER, validation=held, text_effects=False)
     assert torch.equal(_UserMoves(came).read(range(30)), _UserMoves(model).read(range(30)))
@@ -812,9 +877,10 @@ def test_bad_input():
     for arguments, error, message in (
         ({"scale": 0.0}, ConfigError, "scale=0.0"),
         ({"steps": -1}, ConfigError, "steps=-1"),
-        ({"text_effects": 0}, ConfigError, "text_effects=0 came; a standard deviation above 0"),
-        ({"text_effects": 10**400}, ConfigError, "1,000,000 at most"),
-        ({"scale": float("inf")}, ConfigError, "1,000,000 at most"),
+        ({"text_effects": 0}, ConfigError, "text_effects=0 came; a standard deviation from 1e-06"),
+        ({"text_effects": 10**400}, ConfigError, "1e-06 to 1,000,000, in log-odds"),
+        ({"scale": 1e-50}, ConfigError, "1e-06 to 1,000,000"),
+        ({"scale": float("inf")}, ConfigError, "1e-06 to 1,000,000, in log-odds"),
         ({"text_effects": True}, ConfigError, "text_effects=True came"),
         ({"text_effects": 1.0, "mean": False}, ConfigError, "mean=False and text_effects=1.0"),
         ({"validation": world(model, 1.0, 2, users=["nobody"])}, UnknownUserError, "nobody"),

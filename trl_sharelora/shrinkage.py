@@ -72,7 +72,11 @@ RIDGES = tuple(
     10.0**power for power in range(-6, 2)
 )  # of mean squared feature; the least that no other beats by MORE_SAID
 MORE_SAID = 0.01
-LARGEST = 1e6  # standard deviation, in log-odds: more is a mistake and overflows
+MISSING = 1e-3  # of its length must be outside the directions that are looked at, for one direction more
+SMALLEST, LARGEST = (
+    1e-6,
+    1e6,
+)  # standard deviation, in log-odds: what is beyond is a mistake and has no square in float32
 SEARCHED = 20_000  # comparisons, of as many users, that some fifty candidates are compared on; more move the choice little and cost in proportion
 CAPTURED = 0.8  # of the squared gradients; below it there is a warning
 NO_VALIDATION = "No usable validation comparison is of a user with training comparisons. Nothing has been changed."
@@ -225,14 +229,14 @@ def shrink_users(
     """
     if scale is not None and not _is_size(scale):
         raise ConfigError(
-            f"scale={scale!r} came; a standard deviation above 0, in log-odds, {LARGEST:,.0f} at most, is needed."
+            f"scale={scale!r} came; a standard deviation from {SMALLEST:g} to {LARGEST:,.0f}, in log-odds, is needed."
         )
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 0):
         raise ConfigError(f"steps={steps!r} came; a whole number of at least 0 is needed.")
     if text_effects is not None and text_effects is not False:
         if not _is_size(text_effects):
             raise ConfigError(
-                f"text_effects={text_effects!r} came; a standard deviation above 0, in log-odds, {LARGEST:,.0f} at most, False or None is needed."
+                f"text_effects={text_effects!r} came; a standard deviation from {SMALLEST:g} to {LARGEST:,.0f}, in log-odds, False or None is needed."
             )
         if mean is False:
             raise ConfigError(
@@ -309,20 +313,40 @@ def shrink_users(
             "Nothing has been changed."
         )
     if effect is not None:
+        if training.texts is None:
+            raise NonFiniteError(
+                "The rewards of some texts, or their gradients, are so large that their differences overflow. Has the training diverged? Nothing has been changed."
+            )
         said = training.learn(held_out)
         if said < SAYS and of_common is not None:  # with one direction more?
             wider = torch.cat([basis, of_common[None]])
             anew = _looked_at(passes, pairs, users, held if own_validation else ~fitted_on, wider)
             now = anew[0].learn(anew[1])
-            if now >= SAYS or (text_effects is not None and now > said):
+            if now >= SAYS or (text_effects is not None and now > said + MORE_SAID):
                 basis, said, (training, held_out) = wider, now, anew
-        if said < SAYS:
-            what = f"The directions that are looked at say {100 * max(said, 0):.0f} % of what the common model says of held-out comparisons; what they cannot say"
-            if text_effects is None:
-                logger.info("%s would be lost, so the common part stays as it came.", what)
-                effect = None
-            else:
-                logger.warning("%s is lost, as text_effects=%g asks for a common part fitted anew.", what, effect)
+        what = "what the users' parts cannot say of the common model"
+        if said < SAYS and text_effects is None:
+            logger.info(
+                "The directions that are looked at say %.0f %% of the common model's margins on held-out comparisons; the common part stays as it came, for %s would be lost.",
+                100 * max(said, 0),
+                what,
+            )
+            effect = None
+        elif said < SAYS:
+            logger.warning(
+                "The directions that are looked at say %.0f %% of the common model's margins on held-out comparisons; %s is lost, as text_effects=%g asks for a common part "
+                "fitted anew.",
+                100 * max(said, 0),
+                what,
+                effect,
+            )
+        elif not new_texts:
+            logger.warning(
+                "The common part is fitted anew, as text_effects=%g asks, and no comparisons of new texts are held out that could tell whether %s is lost. Give such "
+                "validation to be safe.",
+                effect,
+                what,
+            )
     margins, features, (held_margins, held_features) = training.margins, training.features, held_out
     judge = _judge(held, held_prompts)
     folds = _folds(pairs, prompts, held, held_prompts) if new_texts else []
@@ -427,7 +451,7 @@ def shrink_users(
         if again is not None:
             solution = again.beside(common.moved).scaled(moves.factor)
         for _ in range(moves.rounds if chosen == "shrunk" else 0):
-            solution = _again(passes, pairs, solution, basis, common.beside)
+            solution = _again(passes, pairs, solution, basis, moves.factor * common.beside)
         own = solution.users
     if chosen != "trained":
         for user, row in enumerate(rows):
@@ -438,8 +462,11 @@ def shrink_users(
     if directory is not None:
         _save(scorer, directory, directory != path, chosen != "trained")
     averaged = len(solution.priors)
-    if chosen != "shrunk":  # newcomers begin where the model is
+    # newcomers begin where the model is: what was refused of the mean is not handed on
+    if chosen == "trained":
         solution = solution.beside(-moves.factor * common.moved)
+    elif chosen == "common":
+        solution = solution.centred()
     result = ShrinkageResult(
         chosen, best.scale, best.number, best.mean, table, candidates, _as_spread(solution, basis, users),
         captured, len(pairs.user), users, dropped, len(held.user), effect, averaged, moves.factor, moves.rounds,
@@ -451,7 +478,7 @@ def shrink_users(
 
 def _is_size(value: Any) -> bool:
     """Whether it can be a standard deviation in log-odds."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= LARGEST
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and SMALLEST <= value <= LARGEST
 
 
 def _effects_of_texts(asked: float | bool | None, fitting: bool, pairs: _Pairs) -> float | None:
@@ -562,14 +589,19 @@ class _Training:
 
     def learn(self, held_out: _Linear) -> float:
         """What of the common model's margins the features can say, into `learned` `(k,)`: by least squares, with the least ridge that no other beats. Returns its share of
-        the squared margins that are held out; below 0 it says worse than nothing."""
+        the squared margins that are held out; below 0 it says worse than nothing. Where these are of the texts that it is learned on, the share says too much."""
         gram = (self.features.T @ self.features).double()
+        if not bool(gram.isfinite().all()):
+            raise NonFiniteError(
+                "The gradients of the rewards are too large: their squares overflow. Has the training diverged? Nothing has been changed."
+            )
         values, vectors = torch.linalg.eigh(gram)
         along = vectors.T @ (self.features.T.double() @ self.margins)
         total = float(held_out.margins.square().sum()) or 1.0
         found = []
+        mean_square = float(gram.diagonal().mean()) or 1.0
         for ridge in RIDGES:  # of what no comparison tells nothing is said
-            learned = vectors @ (along / (values.clamp(min=0) + ridge * gram.diagonal().mean()))
+            learned = vectors @ (along / (values.clamp(min=0) + ridge * mean_square))
             left = held_out.margins - held_out.features.double() @ learned
             found.append((1 - float(left.square().sum()) / total, learned))
         most = max(said for said, _ in found)
@@ -717,6 +749,10 @@ class _Solution(NamedTuple):
             factor * self.users, [Prior(factor * prior.mean, factor * prior.root) for prior in self.priors]
         )
 
+    def centred(self) -> "_Solution":
+        """As far from the common model, with no mean of their own."""
+        return self._replace(priors=[prior._replace(mean=torch.zeros_like(prior.mean)) for prior in self.priors])
+
     def beside(self, moved: torch.Tensor) -> "_Solution":
         """On a common part that has moved, `(k,)`."""
         return _Solution(self.users + moved, [prior._replace(mean=prior.mean + moved) for prior in self.priors])
@@ -771,7 +807,7 @@ def _settled(
             "float32 or bfloat16.) Nothing has been changed."
         )
     while curved and best.rounds < ROUNDS:
-        again = _again(passes, fitted, best.solution, basis, beside)
+        again = _again(passes, fitted, best.solution, basis, best.factor * beside)
         margins = real(again.users)
         if not gain(margins) > gain(best.margins):
             break
@@ -938,10 +974,13 @@ def _directions(passes: _Passes, pairs: _Pairs) -> tuple[torch.Tensor, float, to
     # what reproduces the common model's margins on these comparisons, less what the others hold of it
     weights = vectors @ (vectors.T @ margins[~unseen].to(vectors) / values.clamp(min=1e-30))
     missing = weights.float() @ used
+    whole = float(missing.norm())
     for _ in range(2):  # twice is enough (Kahan): what is left may be small
         missing = missing - basis.T @ (basis @ missing)
     length = float(missing.norm())
-    found = (missing / length).to(device) if math.isfinite(length) and length > 0 else None
+    found = None
+    if len(basis) < vectors.shape[1] and MISSING * whole < length < math.inf:  # else it is rounding
+        found = (missing / length).to(device)
     return basis.to(device), captured, found
 
 
