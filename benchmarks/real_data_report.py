@@ -341,13 +341,14 @@ def gains_at_most(names: list[str], data_dir: Path, cache: Path) -> dict[str, An
     return known
 
 
-def _missing(views: list[View], newcomers: bool) -> str:
-    """What no file has figures of yet, as a paragraph; empty where all is there."""
+def _missing(views: list[View], newcomers: Iterable[str]) -> str:
+    """What no file has figures of, and files without newcomers, as a paragraph; empty where all is there."""
     names = [name for name in METHODS if not any(name in view.methods for view in views)]
-    names += [] if newcomers else ["users who were not in the training"]
+    without = sorted({view.set for view in views} - set(newcomers))
+    names += [f"users who were not in the training of {', '.join(without)}"] if without else []
     if not names:
         return ""
-    return f"**Not measured on this base yet:** {', '.join(names)}. [log.md](log.md) has what was found on earlier bases.\n\n"
+    return f"**Not measured on this code yet:** {', '.join(names)}. [log.md](log.md) has what was found before.\n\n"
 
 
 def write(figures: Path, page: Path, data_dir: Path) -> bool:
@@ -377,7 +378,7 @@ def write(figures: Path, page: Path, data_dir: Path) -> bool:
     draw_gains(views, images / f"{prefix}_gains.png")
     parts = [
         HEAD.format(
-            missing=_missing(views, bool(newcomers)),
+            missing=_missing(views, newcomers),
             seeds="/".join(map(str, sorted({view.seeds for view in views}))),
             commits=", ".join(
                 sorted({name for of in found.values() for one in of for name in one.get("commits", [])})

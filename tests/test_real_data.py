@@ -200,7 +200,8 @@ def test_the_whole_script(ways, data, encoder, tmp_path, monkeypatch, capsys):
     assert (out / "images" / "results_gains.png").stat().st_size > 5000
     assert "Not measured" not in page
     view.methods.remove("LoRA per user")
-    assert "yet:** LoRA per user, users who were not" in report._missing([view], newcomers=False)
+    said = report._missing([view], newcomers=["another"])
+    assert f"yet:** LoRA per user, users who were not in the training of {NAME}." in said
     answers = found[f"{NAME}-new_users-0.json"]["by_answers"]
     assert set(answers["ShareLoRA, newcomers by the learned prior"]) == {"2", "5"} and set(answers["common head"]) == {"0", "2", "5"}  # fmt: skip
     capsys.readouterr()
