@@ -342,13 +342,16 @@ def gains_at_most(names: list[str], data_dir: Path, cache: Path) -> dict[str, An
 
 
 def _missing(views: list[View], newcomers: Iterable[str]) -> str:
-    """What no file has figures of, and files without newcomers, as a paragraph; empty where all is there."""
-    names = [name for name in METHODS if not any(name in view.methods for view in views)]
+    """What has no figures, by methods and where, and files without newcomers, as a paragraph; empty where all is there."""
+    absent: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for view in views:
+        absent[tuple(name for name in METHODS if name not in view.methods)].append(f"{view.set} ({view.view})")
+    names = [f"{', '.join(methods)} on {', '.join(where)}" for methods, where in absent.items() if methods]
     without = sorted({view.set for view in views} - set(newcomers))
     names += [f"users who were not in the training of {', '.join(without)}"] if without else []
     if not names:
         return ""
-    return f"**Not measured on this code yet:** {', '.join(names)}. [log.md](log.md) has what was found before.\n\n"
+    return f"**Not measured on this code yet, or left out as it takes long:** {'; '.join(names)}. [log.md](log.md) has what was found before.\n\n"
 
 
 def write(figures: Path, page: Path, data_dir: Path) -> bool:

@@ -201,7 +201,7 @@ def test_the_whole_script(ways, data, encoder, tmp_path, monkeypatch, capsys):
     assert "Not measured" not in page
     view.methods.remove("LoRA per user")
     said = report._missing([view], newcomers=["another"])
-    assert f"yet:** LoRA per user, users who were not in the training of {NAME}." in said
+    assert f"long:** LoRA per user on {NAME} (seen); users who were not in the training of {NAME}." in said
     answers = found[f"{NAME}-new_users-0.json"]["by_answers"]
     assert set(answers["ShareLoRA, newcomers by the learned prior"]) == {"2", "5"} and set(answers["common head"]) == {"0", "2", "5"}  # fmt: skip
     capsys.readouterr()
