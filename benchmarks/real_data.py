@@ -233,10 +233,8 @@ class Known:
 
     def __init__(self, file: File, parts: dict[str, Rows], seed: int, settings: dict[str, dict]):
         self.file, self.parts, self.seed, self.settings = file, parts, seed, dict(settings)
-        self.shrunk: tuple[Any, Any] = (
-            None,
-            None,
-        )  # the model of SHRUNK and what shrink_users said of it, once it has run
+        # the model of SHRUNK and what shrink_users said of it, once it has run
+        self.shrunk: tuple[Any, Any] = (None, None)
 
     @functools.cached_property
     def common(self) -> torch.Tensor:

@@ -68,15 +68,11 @@ TEXT_EFFECTS, OFTEN, MOST_TEXTS = 1.0, 4, 4096
 # For that the directions that are looked at must say what the common model says: at least so much of the variance of its margins on held-out comparisons. What they cannot
 # say is lost, also where the base was right: in worlds where it is, below .95 the refit lost as often as it gained, below .7 two points on average (docs/log.md).
 SAYS = 0.95
-RIDGES = tuple(
-    10.0**power for power in range(-6, 2)
-)  # of mean squared feature; the least that no other beats by MORE_SAID
-MORE_SAID = 0.01
+# Ridges of that, in mean squared features: the least that no other beats by MORE_SAID.
+RIDGES, MORE_SAID = tuple(10.0**power for power in range(-6, 2)), 0.01
 MISSING = 1e-3  # of its length must be outside the directions that are looked at, for one direction more
-SMALLEST, LARGEST = (
-    1e-6,
-    1e6,
-)  # standard deviation, in log-odds: what is beyond is a mistake and has no square in float32
+# Standard deviations in log-odds: what is beyond is a mistake and has no square in float32.
+SMALLEST, LARGEST = 1e-6, 1e6
 SEARCHED = 20_000  # comparisons, of as many users, that some fifty candidates are compared on; more move the choice little and cost in proportion
 CAPTURED = 0.8  # of the squared gradients; below it there is a warning
 NO_VALIDATION = "No usable validation comparison is of a user with training comparisons. Nothing has been changed."
@@ -306,7 +302,8 @@ def shrink_users(
     new_texts = own_validation and _new_texts(pairs, held)
     effect = _effects_of_texts(text_effects, new_texts and mean is None, pairs)
     basis, captured, of_common = _directions(passes, pairs)
-    training, held_out = _looked_at(passes, pairs, users, held if own_validation else ~fitted_on, basis)
+    left_out = held if own_validation else ~fitted_on
+    training, held_out = _looked_at(passes, pairs, users, left_out, basis)
     if not training.size:
         raise DataError(
             "No comparison depends on the users' own parts (B is zero, or the texts are all alike), so there is nothing to shrink. Was the model trained? "
@@ -320,7 +317,7 @@ def shrink_users(
         said = training.learn(held_out)
         if said < SAYS and of_common is not None:  # with one direction more?
             wider = torch.cat([basis, of_common[None]])
-            anew = _looked_at(passes, pairs, users, held if own_validation else ~fitted_on, wider)
+            anew = _looked_at(passes, pairs, users, left_out, wider)
             now = anew[0].learn(anew[1])
             if now >= SAYS or (text_effects is not None and now > said + MORE_SAID):
                 basis, said, (training, held_out) = wider, now, anew
