@@ -970,15 +970,17 @@ def _directions(passes: _Passes, pairs: _Pairs) -> tuple[torch.Tensor, float, to
     device = passes.scorer.device
     # what reproduces the common model's margins on these comparisons, less what the others hold of it
     weights = vectors @ (vectors.T @ margins[~unseen].to(vectors) / values.clamp(min=1e-30))
-    missing = weights.float() @ used
-    whole = float(missing.norm())
+    found = _outside(weights.float() @ used, basis) if len(basis) < vectors.shape[1] else None
+    return basis.to(device), captured, None if found is None else found.to(device)
+
+
+def _outside(vector: torch.Tensor, basis: torch.Tensor) -> torch.Tensor | None:
+    """The direction of what an orthonormal basis `(k, entries)` lacks of a vector `(entries,)`; None where that is rounding."""
+    whole = float(vector.norm())
     for _ in range(2):  # twice is enough (Kahan): what is left may be small
-        missing = missing - basis.T @ (basis @ missing)
-    length = float(missing.norm())
-    found = None
-    if len(basis) < vectors.shape[1] and MISSING * whole < length < math.inf:  # else it is rounding
-        found = (missing / length).to(device)
-    return basis.to(device), captured, found
+        vector = vector - basis.T @ (basis @ vector)
+    length = float(vector.norm())
+    return vector / length if MISSING * whole < length < math.inf else None
 
 
 def _looked_at(
