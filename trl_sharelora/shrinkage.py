@@ -9,6 +9,7 @@ last layer), an approximation elsewhere. There the users' parts are solved for a
 model on held-out comparisons, and stays only if it is better there by more than its standard error (held_out.py).
 """
 
+import dataclasses
 import functools
 import json
 import logging
@@ -62,9 +63,11 @@ AS_GOOD = 1.0
 # Where of the validation's texts (or prompts) so many are new and fewer than so many, folds of the training's are asked too: what thirty statements of Polis chose lost as
 # often as it gained on others (docs/log.md).
 NEW, FEW_TEXTS, FOLDS = 0.9, 200, 5
-# Where texts are new and those of the training are compared this often on average, at most so many of them: the users' mean is fitted beside an effect of each text's own
-# with this standard deviation, in log-odds. On folds of Polis' statements .5, 1 and 2 were alike, and the common part gained .7 to 1.3 points by it (docs/log.md).
-TEXT_EFFECTS, OFTEN, MOST_TEXTS = 1.0, 4, 4096
+# Where texts are new and those of the training are compared this often on average, at most so many of them: the users' mean is fitted anew beside an effect of each text's own.
+# Standard deviations in log-odds of that effect, the second being none to speak of, and of a margin by that mean: the folds say which are likeliest, for they know nothing of what
+# is left out. On Polis they ask for effects of 1 and a mean of 1, and the common part gained .7 to 1.3 points by it; on UKPConvArg for no effects, and for them the mean of 1 cost up
+# to a point there (docs/log.md).
+TEXT_EFFECTS, MEAN_SCALES, OFTEN, MOST_TEXTS = (1.0, 0.01), (1.0, 2.0, 4.0, 8.0), 4, 4096
 # For that the directions that are looked at must say what the common model says: at least so much of the variance of its margins on held-out comparisons. What they cannot
 # say is lost, also where the base was right: in worlds where it is, below .95 the refit lost as often as it gained, below .7 two points on average (docs/log.md).
 SAYS = 0.95
@@ -303,47 +306,23 @@ def shrink_users(
     effect = _effects_of_texts(text_effects, new_texts and mean is None, pairs)
     basis, captured, of_common = _directions(passes, pairs)
     left_out = held if own_validation else ~fitted_on
-    training, held_out = _looked_at(passes, pairs, users, left_out, basis)
-    if not training.size:
+    view = _looked_at(passes, pairs, users, left_out, basis)
+    if not view.training.size:
         raise DataError(
             "No comparison depends on the users' own parts (B is zero, or the texts are all alike), so there is nothing to shrink. Was the model trained? "
             "Nothing has been changed."
         )
     if effect is not None:
-        if training.texts is None:
-            raise NonFiniteError(
-                "The rewards of some texts, or their gradients, are so large that their differences overflow. Has the training diverged? Nothing has been changed."
+
+        def wider() -> _View | None:
+            return (
+                None
+                if of_common is None
+                else _looked_at(passes, pairs, users, left_out, torch.cat([basis, of_common[None]]))
             )
-        said = training.learn(held_out)
-        if said < SAYS and of_common is not None:  # with one direction more?
-            wider = torch.cat([basis, of_common[None]])
-            anew = _looked_at(passes, pairs, users, left_out, wider)
-            now = anew[0].learn(anew[1])
-            if now >= SAYS or (text_effects is not None and now > said + MORE_SAID):
-                basis, said, (training, held_out) = wider, now, anew
-        what = "what the users' parts cannot say of the common model"
-        if said < SAYS and text_effects is None:
-            logger.info(
-                "The directions that are looked at say %.0f %% of the common model's margins on held-out comparisons; the common part stays as it came, for %s would be lost.",
-                100 * max(said, 0),
-                what,
-            )
-            effect = None
-        elif said < SAYS:
-            logger.warning(
-                "The directions that are looked at say %.0f %% of the common model's margins on held-out comparisons; %s is lost, as text_effects=%g asks for a common part "
-                "fitted anew.",
-                100 * max(said, 0),
-                what,
-                effect,
-            )
-        elif not new_texts:
-            logger.warning(
-                "The common part is fitted anew, as text_effects=%g asks, and no comparisons of new texts are held out that could tell whether %s is lost. Give such "
-                "validation to be safe.",
-                effect,
-                what,
-            )
+
+        view, effect = _sayable(view, wider, effect, text_effects is not None, new_texts)
+    basis, training, held_out = view
     margins, features, (held_margins, held_features) = training.margins, training.features, held_out
     judge = _judge(held, held_prompts)
     folds = _folds(pairs, prompts, held, held_prompts) if new_texts else []
@@ -351,6 +330,18 @@ def shrink_users(
         logger.info(
             "The validation comparisons are of new texts, and few of these; scale and steps are chosen on %d folds of the training's texts too.",
             len(folds),
+        )
+    if effect is not None and new_texts:
+        asked = [_Part(fitted, pairs.user[out], margins[out], features[out]) for fitted, out in folds]
+        of_asked = _judge_of_folds(pairs, prompts, folds) if folds else judge
+        asked = asked or [_Part(fitted_on, held.user, held_margins, held_features)]
+        effects = TEXT_EFFECTS if text_effects is None else (effect,)
+        effect, training.mean_scale = _likeliest_mean(training, asked, of_asked, effects)
+        logger.info(
+            "The common part is fitted anew, of %g log-odds, beside texts' own effects of %g: of those tried the likeliest on %s.",
+            training.mean_scale,
+            effect,
+            "the folds" if folds else "the validation comparisons",
         )
     # candidates are compared on some of the users where there are many; what is chosen is fitted to all
     drawn = _drawn(pairs.user[fitted_on], held.user, users)
@@ -489,7 +480,50 @@ def _effects_of_texts(asked: float | bool | None, fitting: bool, pairs: _Pairs) 
         )
     if asked:
         return float(asked)
-    return TEXT_EFFECTS if asked is None and fitting and possible and 2 * n >= OFTEN * texts else None
+    return TEXT_EFFECTS[0] if asked is None and fitting and possible and 2 * n >= OFTEN * texts else None
+
+
+def _sayable(
+    view: "_View", wider: Callable[[], "_View | None"], effect: float, asked: bool, new_texts: bool
+) -> tuple["_View", float | None]:
+    """Whether the common part can be fitted anew with the directions that are looked at, or with one more: the view that is to be used, and the texts' effects or None.
+
+    `asked`: whether the refit was, so that it is made in any case; `new_texts`: whether what is held out is of new texts, else it cannot tell.
+    """
+    if view.training.texts is None:
+        raise NonFiniteError(
+            "The rewards of some texts, or their gradients, are so large that their differences overflow. Has the training diverged? Nothing has been changed."
+        )
+    said = view.training.learn(view.held_out)
+    more = wider() if said < SAYS else None
+    if more is not None:
+        now = more.training.learn(more.held_out)
+        if now >= SAYS or (asked and now > said + MORE_SAID):
+            view, said = more, now
+    what = "what the users' parts cannot say of the common model"
+    if said < SAYS and not asked:
+        logger.info(
+            "The directions that are looked at say %.0f %% of the common model's margins on held-out comparisons; the common part stays as it came, for %s would be lost.",
+            100 * max(said, 0),
+            what,
+        )
+        return view, None
+    if said < SAYS:
+        logger.warning(
+            "The directions that are looked at say %.0f %% of the common model's margins on held-out comparisons; %s is lost, as text_effects=%g asks for a common part "
+            "fitted anew.",
+            100 * max(said, 0),
+            what,
+            effect,
+        )
+    elif not new_texts:
+        logger.warning(
+            "The common part is fitted anew, as text_effects=%g asks, and no comparisons of new texts are held out that could tell whether %s is lost. Give such "
+            "validation to be safe.",
+            effect,
+            what,
+        )
+    return view, effect
 
 
 def _where(keep: torch.Tensor, items: list[str]) -> list[str]:
@@ -518,6 +552,12 @@ def _judge(
         rejected += [tuple(more.rejected[place]) for place in places.tolist()]
         prompts = prompts + [more_prompts[place] for place in places.tolist()]
     return HeldOut(user, chosen, rejected, prompts)
+
+
+def _judge_of_folds(pairs: _Pairs, prompts: list[str], folds: list[tuple[torch.Tensor, torch.Tensor]]) -> HeldOut:
+    """Of what the folds leave out, in their order."""
+    nothing = pairs.of(torch.zeros(len(pairs.user), dtype=torch.bool))
+    return _judge(nothing, [], pairs, prompts, torch.cat([out.nonzero().flatten() for _, out in folds]))
 
 
 def _new_texts(pairs: _Pairs, held: _Pairs) -> bool:
@@ -578,6 +618,7 @@ class _Training:
     n_users: int
     texts: Texts | None
     learned: torch.Tensor | None = None
+    mean_scale: float = MEAN_SCALES[0]  # of the common part fitted anew, as the users' scale
 
     @functools.cached_property
     def size(self) -> float:
@@ -612,7 +653,7 @@ class _Training:
         assert self.texts is not None and self.learned is not None
         texts = self.texts.of(keep)
         left = self.margins[keep] - self.features[keep].double() @ self.learned
-        found = mean_beside_texts(texts, left, effect / self.size, effect)
+        found = mean_beside_texts(texts, left, self.mean_scale / self.size, effect)
         moved = (found.mean.double() - self.learned).float()
         return _CommonPart(moved, found.effects[texts.chosen] - found.effects[texts.rejected])
 
@@ -634,6 +675,32 @@ class _Part(NamedTuple):
     def with_moves(self, users: torch.Tensor) -> torch.Tensor:
         """Margins with the users' parts `(users, k)`."""
         return self.margins + (self.features * users[self.user]).sum(1).double()
+
+
+class _View(NamedTuple):
+    """What is looked at: the directions `(k, entries)`, and along them the training comparisons and those held out."""
+
+    basis: torch.Tensor
+    training: _Training
+    held_out: _Linear
+
+
+def _likeliest_mean(
+    training: _Training, parts: list[_Part], judge: HeldOut, effects: Sequence[float]
+) -> tuple[float, float]:
+    """With which of the texts' effects and strengths of its own the common part fitted anew does best, by itself, on what is held out of all parts."""
+    found: dict[tuple[float, float], float] = {}
+    for effect in effects:
+        before = -math.inf
+        for scale in MEAN_SCALES:  # from the strongest ridge on, until less of it helps no more
+            tried = dataclasses.replace(training, mean_scale=scale)
+            moved = [part.features.mv(tried.common(part.fitted, effect).moved).double() for part in parts]
+            margins = torch.cat([part.margins for part in parts]) + torch.cat(moved)
+            likelihood = judge.mean(judge.judged(margins).log_likelihood)
+            if likelihood <= before:
+                break
+            before = found[effect, scale] = likelihood
+    return max(found, key=found.__getitem__)
 
 
 class _Found(NamedTuple):
@@ -983,16 +1050,14 @@ def _outside(vector: torch.Tensor, basis: torch.Tensor) -> torch.Tensor | None:
     return vector / length if MISSING * whole < length < math.inf else None
 
 
-def _looked_at(
-    passes: _Passes, pairs: _Pairs, users: int, held: _Pairs | torch.Tensor, basis: torch.Tensor
-) -> tuple[_Training, _Linear]:
+def _looked_at(passes: _Passes, pairs: _Pairs, users: int, held: _Pairs | torch.Tensor, basis: torch.Tensor) -> _View:
     """The training comparisons and those held out, which are some of the training's `(n,)` bool or others, along the basis."""
     margins, features, texts = _linearised(passes, pairs, basis)
     if isinstance(held, torch.Tensor):
         held_out = _Linear(margins[held], features[held])
     else:
         held_out = _Linear(*_linearised(passes, held, basis)[:2])
-    return _Training(margins, features, pairs.user, users, texts), held_out
+    return _View(basis, _Training(margins, features, pairs.user, users, texts), held_out)
 
 
 def _linearised(
