@@ -28,6 +28,7 @@ from trl_sharelora.cli import main
 from trl_sharelora.confidence import fit_confidence
 from trl_sharelora.empirical_bayes import Comparisons, Prior, Texts, learn_prior, mean_beside_texts
 from trl_sharelora.errors import ConfigError, DataError, NonFiniteError, UnknownUserError
+from trl_sharelora.held_out import SHARPNESSES as HELD_OUT_SHARPNESSES
 from trl_sharelora.new_users import UserSpread, _Pairs, _UserMoves
 from trl_sharelora.scoring import load_reward_model
 from trl_sharelora.sharelora.routing import get_router
@@ -302,6 +303,14 @@ def test_folds_share_no_text_or_prompt():
         assert bool((fitted ^ left_out).all())  # a comparison has one prompt
         kept = [{prompts[place] for place in some.nonzero().flatten().tolist()} for some in (fitted, left_out)]
         assert not kept[0] & kept[1]
+    # the two sides of a debate are one item
+    sides = [
+        f"Should one {'eat' if number % 2 else 'eat '} what is number {number // 2 % 6}, and why{'?' * (number % 2)}"
+        for number in range(400)
+    ]
+    for fitted, left_out in _folds(train, sides, held, ["new"] * 30):
+        kept = [{place // 2 % 6 for place in some.nonzero().flatten().tolist()} for some in (fitted, left_out)]
+        assert not kept[0] & kept[1] and len(kept[0] | kept[1]) == 6
     # known texts, or many new ones: validation is asked alone
     assert _new_texts(train, held) and not _new_texts(train, train)
     many = pairs([(1000 + 2 * number, 1001 + 2 * number) for number in range(100)])
@@ -369,11 +378,13 @@ def test_where_texts_are_new_what_was_learned_by_heart_is_fitted_anew():
     for seed in range(3):
         model, train, held, test = by_heart(seed)
         result = shrink_users(model, train, TOKENIZER, validation=held)
-        assert result.mean and result.text_effects == 1.0 and "beside texts' own effects of 1" in str(result)
-        assert set(result.candidates["text_effects"]) == {1.0} and 8.0 in set(result.candidates["scale"])
+        effects = result.text_effects
+        assert effects in shrinkage.TEXT_EFFECTS and result.mean_scale in shrinkage.MEAN_SCALES and result.mean
+        assert f"mean fitted with scale {result.mean_scale:g} beside texts' own effects of {effects:g}" in str(result)
+        assert set(result.candidates["text_effects"]) == {effects} and 8.0 in set(result.candidates["scale"])
         as_it_came = by_heart(seed)[0]
         other = shrink_users(as_it_came, train, TOKENIZER, validation=held, text_effects=False)
-        assert other.text_effects is None and other.candidates["text_effects"].isna().all()
+        assert other.text_effects is None is other.mean_scale and other.candidates["text_effects"].isna().all()
         gains.append(accuracy(model, test) - accuracy(as_it_came, test))
         assert bool(result.spread.mean.any())  # newcomers begin at the mean that was fitted
     assert np.mean(gains) > 0.02
@@ -385,6 +396,58 @@ def test_where_texts_are_new_what_was_learned_by_heart_is_fitted_anew():
     with pytest.raises(ConfigError, match="30 comparisons of 39 texts"):
         fewer = train.select(range(0, len(train), 40))
         shrink_users(by_heart()[0], fewer, TOKENIZER, validation=held, text_effects=1.0)
+
+
+@pytest.mark.parametrize(
+    ("whims", "liked", "size", "expected"), [(2.0, 0.2, 12, (1.0, 1.0)), (0.0, 0.3, 60, (0.01, 8.0))]
+)
+def test_folds_say_how_strong_the_common_part_is_and_whether_texts_are_liked_for_reasons_of_their_own(
+    monkeypatch, whims, liked, size, expected
+):
+    """Against the fit of every setting to every fold; and it is what the world was made of."""
+    draw = torch.Generator().manual_seed(0)
+    texts, weight = torch.randn(200, size, generator=draw), torch.randn(size, generator=draw)
+    rewards = (liked * texts @ weight + whims * torch.randn(200, generator=draw)).double()
+    one, other = torch.randint(0, 200, (2, 6000), generator=draw)
+    one, other = one[one != other], other[one != other]
+    won = torch.rand(len(one), generator=draw).double() < torch.sigmoid(rewards[one] - rewards[other])
+    chosen, rejected = torch.where(won, one, other), torch.where(won, other, one)
+    user, features = torch.arange(len(one)) % 40, texts[chosen] - texts[rejected]
+    came = torch.randn(size, generator=draw)  # of no use, and none of it is left in the refit
+    training = shrinkage._Training(
+        features.mv(came).double(), features, user, 40, Texts(chosen, rejected, texts), came.double()
+    )
+    pairs = _Pairs(chosen[:, None].tolist(), rejected[:, None].tolist(), user)
+    none = [""] * len(one)
+    folds = _folds(pairs, none, _Pairs([[500]], [[501]], torch.zeros(1, dtype=torch.long)), none[:1])
+    parts = [shrinkage._Part(fitted, user[out], training.margins[out], features[out]) for fitted, out in folds]
+    judge = shrinkage._judge_of_folds(pairs, none, folds)
+    found = shrinkage._likeliest_mean(training, parts, judge, shrinkage.TEXT_EFFECTS)
+    assert found == expected and training.mean_scale == 1.0
+    likelihoods, each = {}, {}
+    length = float(features.square().sum(1).mean().sqrt())
+    for setting in [(e, s) for e in shrinkage.TEXT_EFFECTS for s in shrinkage.MEAN_SCALES]:
+        margins = []
+        for fitted, out in folds:
+            of_fold = Texts(chosen[fitted], rejected[fitted], texts)
+            mean = mean_beside_texts(of_fold, torch.zeros(int(fitted.sum())), setting[1] / length, setting[0]).mean
+            margins.append(features[out].mv(mean).double())
+        margins, users = torch.cat(margins), torch.cat([user[out] for _, out in folds])
+        at = [torch.nn.functional.logsigmoid(sharp * margins) for sharp in HELD_OUT_SHARPNESSES]
+        of_users = [[float(one[users == person].mean()) for person in range(40)] for one in at]
+        likelihoods[setting] = max(np.mean(one) for one in of_users)
+        each[setting] = at[int(np.argmax([np.mean(one) for one in of_users]))]
+    reached = []
+    for one in shrinkage.TEXT_EFFECTS:  # from the first scale on as long as the next one is likelier
+        of_scales = [likelihoods[one, scale] for scale in shrinkage.MEAN_SCALES]
+        falls = [n for n in range(1, len(of_scales)) if of_scales[n] <= of_scales[n - 1]]
+        reached += [(one, scale) for scale in shrinkage.MEAN_SCALES[: min(falls, default=len(of_scales))]]
+    assert found == max(reached, key=likelihoods.get)
+    # another setting than the first only by a standard error
+    gain = each[found] - each[1.0, 1.0]
+    assert found == (1.0, 1.0) or judge.mean(gain) > judge.error(gain)
+    monkeypatch.setattr(shrinkage.HeldOut, "error", lambda self, gain: self.mean(gain) + 1e-9)
+    assert shrinkage._likeliest_mean(training, parts, judge, shrinkage.TEXT_EFFECTS) == (1.0, 1.0)
 
 
 def test_where_many_texts_are_new_they_say_whether_the_common_part_stays(monkeypatch, caplog):
@@ -515,13 +578,13 @@ def test_one_direction_more_where_the_others_do_not_say_what_the_common_model_sa
     real = shrinkage._looked_at
 
     def looked_at(passes, pairs, users, held, basis):
-        training, held_out = real(passes, pairs, users, held, basis)
-        looked.append((basis, training.learn(held_out)))
-        return training, held_out
+        view = real(passes, pairs, users, held, basis)
+        looked.append((basis, view.training.learn(view.held_out)))
+        return view
 
     monkeypatch.setattr(shrinkage, "_looked_at", looked_at)
     model, train, held, _ = by_heart()
-    assert shrink_users(model, train, TOKENIZER, validation=held, steps=0, scale=1.0).text_effects == 1.0
+    assert shrink_users(model, train, TOKENIZER, validation=held, steps=0, scale=1.0).text_effects is not None
     (few, said), (one_more, now_said) = looked
     assert len(few) == 40 and len(one_more) == 41 and said < shrinkage.SAYS < now_said
     torch.testing.assert_close(one_more @ one_more.T, torch.eye(41), atol=1e-5, rtol=0)
@@ -611,7 +674,7 @@ def test_folds_are_asked_about_what_is_written_where_moves_are_halved(monkeypatc
     monkeypatch.setattr(
         shrinkage.HeldOut, "judged", lambda self, margins: asked.append(margins) or judged(self, margins)
     )
-    shrink_users(model, train, TOKENIZER, validation=held, scale=4.0, steps=1)
+    shrink_users(model, train, TOKENIZER, validation=held, scale=4.0, steps=1, text_effects=1.0)
     (_, training, parts), n = made[0], len(held)
     common, shrunk = (margins[n:] for margins in asked[-2:])
     expected = []
@@ -660,7 +723,7 @@ def test_where_texts_are_new_what_is_as_good_is_averaged(monkeypatch):
         lambda self, errors: [one for one in self.found if (one.scale, one.number) in three],
     )
     model, train, held, _ = by_heart(n=30)
-    result = shrink_users(model, train, TOKENIZER, validation=held)
+    result = shrink_users(model, train, TOKENIZER, validation=held, text_effects=1.0)
     assert result.averaged == 3 and result.chosen == "shrunk" and "averaged with 2 others as good" in str(result)
     rows, covariances = [], []
     for scale, steps in three:

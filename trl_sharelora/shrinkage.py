@@ -34,6 +34,7 @@ from .empirical_bayes import Comparisons, Prior, Step, Texts, learn_prior, mean_
 from .errors import ConfigError, DataError, NonFiniteError
 from .held_out import HeldOut
 from .new_users import MOST_NUMBERS, UserSpread, _gram, _Pairs, _Passes, _tokenised
+from .splits import near_duplicates
 from .starts import from_lora
 from .users import UserRegistry
 
@@ -64,9 +65,9 @@ AS_GOOD = 1.0
 # often as it gained on others (docs/log.md).
 NEW, FEW_TEXTS, FOLDS = 0.9, 200, 5
 # Where texts are new and those of the training are compared this often on average, at most so many of them: the users' mean is fitted anew beside an effect of each text's own.
-# Standard deviations in log-odds of that effect, the second being none to speak of, and of a margin by that mean: the folds say which are likeliest, for they know nothing of what
-# is left out. On Polis they ask for effects of 1 and a mean of 1, and the common part gained .7 to 1.3 points by it; on UKPConvArg for no effects, and for them the mean of 1 cost up
-# to a point there (docs/log.md).
+# Standard deviations in log-odds of that effect, the second being none to speak of, and of a margin by that mean: the first of both unless others are likelier by a standard error
+# on the folds, which know nothing of what is left out. On Polis the common part gained .7 to 1.3 points with 1 and 1; on UKPConvArg, whose folds want no effects or a stronger mean,
+# these cost up to a point (docs/log.md).
 TEXT_EFFECTS, MEAN_SCALES, OFTEN, MOST_TEXTS = (1.0, 0.01), (1.0, 2.0, 4.0, 8.0), 4, 4096
 # For that the directions that are looked at must say what the common model says: at least so much of the variance of its margins on held-out comparisons. What they cannot
 # say is lost, also where the base was right: in worlds where it is, below .95 the refit lost as often as it gained, below .7 two points on average (docs/log.md).
@@ -105,8 +106,9 @@ class ShrinkageResult:
             Share of the squared length of gradients in the directions that were looked at, on comparisons they were not found from.
         n (`int`), n_users (`int`), dropped (`int`), held_out (`int`):
             Comparisons and users fitted, comparisons left out because they are too long or cannot be tokenised, comparisons held out to choose.
-        text_effects (`float`, *optional*):
-            Standard deviation, in log-odds, of the effect of each text's own that the mean was fitted beside; None where there was none.
+        text_effects (`float`, *optional*), mean_scale (`float`, *optional*):
+            Standard deviations, in log-odds, of the effect of each text's own that the mean was fitted beside, and of a margin by that mean before the first comparison;
+            None where the common part was not fitted anew.
         averaged (`int`):
             Of how many of the candidates the shrunk are the mean: where texts are new, of all that the best one does not beat by a standard error.
         factor (`float`):
@@ -128,6 +130,7 @@ class ShrinkageResult:
     dropped: int
     held_out: int
     text_effects: float | None = None
+    mean_scale: float | None = None
     averaged: int = 1
     factor: float = 1.0
     rounds: int = 0
@@ -139,7 +142,11 @@ class ShrinkageResult:
             + (f", {self.dropped} dropped" if self.dropped else "")
             + "; on "
             f"{self.held_out} held out:\n{shown}\nin the model now: {self.chosen} (of the shrunk: scale {self.scale:g}, {self.steps} steps, mean {'fitted' if self.mean else 'as it was'}"
-            + (f" beside texts' own effects of {self.text_effects:g}" if self.text_effects else "")
+            + (
+                f" with scale {self.mean_scale:g} beside texts' own effects of {self.text_effects:g}"
+                if self.text_effects
+                else ""
+            )
             + (f", averaged with {self.averaged - 1} others as good" if self.averaged > 1 else "")
             + (f", {self.factor:g} of the moves, for the model is not linear in them" if self.factor < 1 else "")
             + (f", linearised anew {self.rounds} times" if self.rounds else "")
@@ -196,9 +203,10 @@ def shrink_users(
             points without `text_effects`, where they are those of the training it gains as much.)
         text_effects (`float` or `bool`, *optional*):
             Fit the mean anew, from nothing, beside an effect of each text's own with this standard deviation, in log-odds
-            ([`~trl_sharelora.empirical_bayes.mean_beside_texts`]): what the common model says of texts that were compared often is then not learned by heart. By default 1
+            ([`~trl_sharelora.empirical_bayes.mean_beside_texts`]): what the common model says of texts that were compared often is then not learned by heart. By default
             where validation is of new texts, those of the training (4,096 at most) stand in four comparisons each on average, and neither `mean` nor
-            this is given; but not where the directions that are looked at say less than 95 % of what the common model says of held-out comparisons (what they cannot say
+            this is given: 1, or .01, which is none to speak of, where the folds (without them the validation comparisons) are likelier with it by a standard error. They say too,
+            also for a value given here, how strong the mean is: a standard deviation of a margin of 1, or of 2, 4 or 8. It is not fitted anew where the directions that are looked at say less than 95 % of what the common model says of held-out comparisons (what they cannot say
             would be lost), nor where 200 texts or more are held out and are likelier with the common part as it came. Both are logged. `False`: never.
         user_column (`str`, *optional*, defaults to `"user_id"`):
             The column that names the user.
@@ -338,7 +346,7 @@ def shrink_users(
         effects = TEXT_EFFECTS if text_effects is None else (effect,)
         effect, training.mean_scale = _likeliest_mean(training, asked, of_asked, effects)
         logger.info(
-            "The common part is fitted anew, of %g log-odds, beside texts' own effects of %g: of those tried the likeliest on %s.",
+            "The common part is fitted anew with scale %g beside texts' own effects of %g: of those tried the likeliest on %s.",
             training.mean_scale,
             effect,
             "the folds" if folds else "the validation comparisons",
@@ -457,7 +465,7 @@ def shrink_users(
         solution = solution.centred()
     result = ShrinkageResult(
         chosen, best.scale, best.number, best.mean, table, candidates, _as_spread(solution, basis, users),
-        captured, len(pairs.user), users, dropped, len(held.user), effect, averaged, moves.factor, moves.rounds,
+        captured, len(pairs.user), users, dropped, len(held.user), effect, None if effect is None else training.mean_scale, averaged, moves.factor, moves.rounds,
     )  # fmt: skip
     for line in str(result).splitlines():
         logger.info(line)
@@ -572,13 +580,14 @@ def _folds(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Where validation, which is of new texts, holds few, the like asked of the training: what is fitted on and what left out, each `(n,)` bool.
 
-    What is dealt to the folds are prompts, if validation's are new, else texts; comparisons with a text in and one out of a fold are neither. What is left out is so of the
-    users' parts alone: the common model, B and head know it.
+    What is dealt to the folds are prompts, if validation's are new, near-duplicates together (as in [`~trl_sharelora.splits.split_by_item`]: the two sides of a debate are one
+    item), else texts; comparisons with a text in and one out of a fold are neither. What is left out is so of the users' parts alone: the common model, B and head know it.
     """
     sides = [list(map(tuple, side)) for side in (pairs.chosen, pairs.rejected)]
     asked = {*prompts, ""}  # where a column of them is missing they are empty
     several = len(asked) > FOLDS and sum(one not in asked for one in held_prompts) >= NEW * len(held_prompts)
-    units = [prompts, prompts] if several else sides
+    grouped = near_duplicates(prompts) if several else []
+    units: list[Any] = [grouped, grouped] if several else sides
     of_held = set(held_prompts) if several else {tuple(text) for side in (held.chosen, held.rejected) for text in side}
     number = {one: place for place, one in enumerate(dict.fromkeys([*units[0], *units[1]]))}
     if len(of_held) >= FEW_TEXTS or len(number) < FOLDS:
@@ -688,19 +697,21 @@ class _View(NamedTuple):
 def _likeliest_mean(
     training: _Training, parts: list[_Part], judge: HeldOut, effects: Sequence[float]
 ) -> tuple[float, float]:
-    """With which of the texts' effects and strengths of its own the common part fitted anew does best, by itself, on what is held out of all parts."""
-    found: dict[tuple[float, float], float] = {}
+    """Of the texts' effects and strengths of its own those with which the common part fitted anew does best, by itself, on what is held out of all parts; the first ones
+    unless others are likelier by a standard error."""
+    found: dict[tuple[float, float], torch.Tensor] = {}
     for effect in effects:
         before = -math.inf
         for scale in MEAN_SCALES:  # from the strongest ridge on, until less of it helps no more
             tried = dataclasses.replace(training, mean_scale=scale)
             moved = [part.features.mv(tried.common(part.fitted, effect).moved).double() for part in parts]
-            margins = torch.cat([part.margins for part in parts]) + torch.cat(moved)
-            likelihood = judge.mean(judge.judged(margins).log_likelihood)
-            if likelihood <= before:
+            likelihoods = judge.judged(torch.cat([part.margins for part in parts]) + torch.cat(moved)).log_likelihood
+            if judge.mean(likelihoods) <= before:
                 break
-            before = found[effect, scale] = likelihood
-    return max(found, key=found.__getitem__)
+            before, found[effect, scale] = judge.mean(likelihoods), likelihoods
+    first, best = next(iter(found)), max(found, key=lambda one: judge.mean(found[one]))
+    gain = found[best] - found[first]
+    return best if judge.mean(gain) > judge.error(gain) else first
 
 
 class _Found(NamedTuple):
