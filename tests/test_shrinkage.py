@@ -311,6 +311,18 @@ def test_folds_share_no_text_or_prompt():
     for fitted, left_out in _folds(train, sides, held, ["new"] * 30):
         kept = [{place // 2 % 6 for place in some.nonzero().flatten().tolist()} for some in (fitted, left_out)]
         assert not kept[0] & kept[1] and len(kept[0] | kept[1]) == 6
+    # of one debate only: texts are dealt
+    one_debate = [
+        f"Should one eat what is number {number % 8}, and if one should not, why not?" for number in range(400)
+    ]
+    assert len(set(one_debate)) == 8
+    for fitted, left_out in _folds(train, one_debate, held, ["new"] * 30):
+        texts = [
+            {one[0] for side in (part.chosen, part.rejected) for one in side}
+            for part in map(train.of, (fitted, left_out))
+        ]
+        assert not texts[0] & texts[1]
+    assert len(_folds(train, one_debate, held, ["new"] * 30)) == 5
     # known texts, or many new ones: validation is asked alone
     assert _new_texts(train, held) and not _new_texts(train, train)
     many = pairs([(1000 + 2 * number, 1001 + 2 * number) for number in range(100)])
@@ -446,6 +458,8 @@ def test_folds_say_how_strong_the_common_part_is_and_whether_texts_are_liked_for
     # another setting than the first only by a standard error
     gain = each[found] - each[1.0, 1.0]
     assert found == (1.0, 1.0) or judge.mean(gain) > judge.error(gain)
+    endless = [part._replace(margins=torch.full_like(part.margins, -torch.inf)) for part in parts]
+    assert shrinkage._likeliest_mean(training, endless, judge, shrinkage.TEXT_EFFECTS) == (1.0, 1.0)
     monkeypatch.setattr(shrinkage.HeldOut, "error", lambda self, gain: self.mean(gain) + 1e-9)
     assert shrinkage._likeliest_mean(training, parts, judge, shrinkage.TEXT_EFFECTS) == (1.0, 1.0)
 

@@ -34,7 +34,7 @@ from .empirical_bayes import Comparisons, Prior, Step, Texts, learn_prior, mean_
 from .errors import ConfigError, DataError, NonFiniteError
 from .held_out import HeldOut
 from .new_users import MOST_NUMBERS, UserSpread, _gram, _Pairs, _Passes, _tokenised
-from .splits import near_duplicates
+from .splits import near_duplicates, plain_text
 from .starts import from_lora
 from .users import UserRegistry
 
@@ -66,7 +66,7 @@ AS_GOOD = 1.0
 NEW, FEW_TEXTS, FOLDS = 0.9, 200, 5
 # Where texts are new and those of the training are compared this often on average, at most so many of them: the users' mean is fitted anew beside an effect of each text's own.
 # Standard deviations in log-odds of that effect, the second being none to speak of, and of a margin by that mean: the first of both unless others are likelier by a standard error
-# on the folds, which know nothing of what is left out. On Polis the common part gained .7 to 1.3 points with 1 and 1; on UKPConvArg, whose folds want no effects or a stronger mean,
+# on the folds, which know hardly anything of what is left out. On Polis the common part gained .7 to 1.3 points with 1 and 1; on UKPConvArg, whose folds want no effects or a stronger mean,
 # these cost up to a point (docs/log.md).
 TEXT_EFFECTS, MEAN_SCALES, OFTEN, MOST_TEXTS = (1.0, 0.01), (1.0, 2.0, 4.0, 8.0), 4, 4096
 # For that the directions that are looked at must say what the common model says: at least so much of the variance of its margins on held-out comparisons. What they cannot
@@ -205,9 +205,11 @@ def shrink_users(
             Fit the mean anew, from nothing, beside an effect of each text's own with this standard deviation, in log-odds
             ([`~trl_sharelora.empirical_bayes.mean_beside_texts`]): what the common model says of texts that were compared often is then not learned by heart. By default
             where validation is of new texts, those of the training (4,096 at most) stand in four comparisons each on average, and neither `mean` nor
-            this is given: 1, or .01, which is none to speak of, where the folds (without them the validation comparisons) are likelier with it by a standard error. They say too,
-            also for a value given here, how strong the mean is: a standard deviation of a margin of 1, or of 2, 4 or 8. It is not fitted anew where the directions that are looked at say less than 95 % of what the common model says of held-out comparisons (what they cannot say
-            would be lost), nor where 200 texts or more are held out and are likelier with the common part as it came. Both are logged. `False`: never.
+            this is given: 1, or .01, which is none to speak of, where the folds (without them the validation comparisons) are likelier with it by a standard error. By default it
+            is not fitted anew where the directions that are looked at say less than 95 % of what the common model says of held-out comparisons (what they cannot say
+            would be lost; a value given here is warned of), nor where there are no folds and the validation comparisons are likelier with the common part as it came. Both are
+            logged. Where validation is of new texts the folds say too, also for a value given here, how strong the mean is: a standard deviation of a margin of 1, or of 2, 4 or 8,
+            by up to forty fits (20 s each with 4,096 texts); else it is 1. `False`: never.
         user_column (`str`, *optional*, defaults to `"user_id"`):
             The column that names the user.
         batch_size (`int`, *optional*, defaults to 64):
@@ -281,7 +283,7 @@ def shrink_users(
         place = {user_id: number for number, user_id in enumerate(names)}
         kept, pairs, dropped = _tokenised(dataset, [place.get(one, len(place)) for one in ids], scorer, max_length)
         asked = dataset["prompt"][:] if "prompt" in dataset.column_names else [""] * len(dataset)
-        return pairs, [str(asked[row]) for row in kept], sum(dropped)
+        return pairs, [plain_text(asked[row]) for row in kept], sum(dropped)
 
     pairs, prompts, dropped = read(comparisons, "training")
     held_prompts: list[str] = []
@@ -587,6 +589,7 @@ def _folds(
     asked = {*prompts, ""}  # where a column of them is missing they are empty
     several = len(asked) > FOLDS and sum(one not in asked for one in held_prompts) >= NEW * len(held_prompts)
     grouped = near_duplicates(prompts) if several else []
+    several = several and len(set(grouped)) >= FOLDS  # else no fold could be without one of them, and texts are dealt
     units: list[Any] = [grouped, grouped] if several else sides
     of_held = set(held_prompts) if several else {tuple(text) for side in (held.chosen, held.rejected) for text in side}
     number = {one: place for place, one in enumerate(dict.fromkeys([*units[0], *units[1]]))}
@@ -698,7 +701,7 @@ def _likeliest_mean(
     training: _Training, parts: list[_Part], judge: HeldOut, effects: Sequence[float]
 ) -> tuple[float, float]:
     """Of the texts' effects and strengths of its own those with which the common part fitted anew does best, by itself, on what is held out of all parts; the first ones
-    unless others are likelier by a standard error."""
+    unless those are likelier by a standard error."""
     found: dict[tuple[float, float], torch.Tensor] = {}
     for effect in effects:
         before = -math.inf
@@ -706,7 +709,7 @@ def _likeliest_mean(
             tried = dataclasses.replace(training, mean_scale=scale)
             moved = [part.features.mv(tried.common(part.fitted, effect).moved).double() for part in parts]
             likelihoods = judge.judged(torch.cat([part.margins for part in parts]) + torch.cat(moved)).log_likelihood
-            if judge.mean(likelihoods) <= before:
+            if judge.mean(likelihoods) <= before and (effect, MEAN_SCALES[0]) in found:
                 break
             before, found[effect, scale] = judge.mean(likelihoods), likelihoods
     first, best = next(iter(found)), max(found, key=lambda one: judge.mean(found[one]))
