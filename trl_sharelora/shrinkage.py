@@ -325,11 +325,9 @@ def shrink_users(
     if effect is not None:
 
         def wider() -> _View | None:
-            return (
-                None
-                if of_common is None
-                else _looked_at(passes, pairs, users, left_out, torch.cat([basis, of_common[None]]))
-            )
+            if of_common is None:
+                return None
+            return _looked_at(passes, pairs, users, left_out, torch.cat([basis, of_common[None]]))
 
         view, effect = _sayable(view, wider, effect, text_effects is not None, new_texts)
     basis, training, held_out = view
@@ -348,7 +346,7 @@ def shrink_users(
         effects = TEXT_EFFECTS if text_effects is None else (effect,)
         effect, training.mean_scale = _likeliest_mean(training, asked, of_asked, effects)
         logger.info(
-            "The common part is fitted anew with scale %g beside texts' own effects of %g: of those tried the likeliest on %s.",
+            "The common part is fitted anew with scale %g beside texts' own effects of %g, as %s say.",
             training.mean_scale,
             effect,
             "the folds" if folds else "the validation comparisons",
